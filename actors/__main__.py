@@ -1,0 +1,68 @@
+"""`chord-actor`: samples leased prompts with the newest weights and streams the groups to the learner."""
+
+import asyncio
+import logging
+from pathlib import Path
+
+import typer
+
+from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command, start_logging
+from common.config.schema import Config
+
+log = logging.getLogger(__name__)
+app = new_command("A rollout actor: samples leased prompts and streams the groups to the learner.")
+
+
+@app.command()
+def actor(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    check: CheckOption = False,
+    name: str = typer.Option("", "--name", help="Name towards the learner; host and process by default."),
+) -> None:
+    """Run an actor until the run is over; SIGTERM drains it."""
+    resolved = resolve_or_check(config, overrides, check=check).config
+    from actors.start import check_model, default_name
+    from common.wire.messages import Role
+
+    check_model(resolved)
+    start_logging(name or "actor")
+    asyncio.run(run_actor(resolved, name or default_name(Role.ACTOR)))
+
+
+async def run_actor(config: Config, name: str) -> None:
+    """Start the parts, work, and close them in the opposite order."""
+    from actors.fitter import Fitter
+    from actors.link import LearnerLink
+    from actors.metrics import ActorMetrics
+    from actors.start import make_hello, make_parts, on_stop, serve_peer_metrics
+    from actors.worker import Worker
+    from common.run_dir import RunDir
+    from common.wire.messages import Role
+
+    parts = make_parts(config, config.actor.engine)
+    metrics = ActorMetrics()
+    serve_peer_metrics(
+        metrics.registry, host=config.learner.metrics_host, port=config.actor.metrics_port, key="actor.metrics_port"
+    )
+    await parts.engine.start()
+    link = LearnerLink(config.network, make_hello(config, name=name, role=Role.ACTOR, engine=parts.engine))
+    folder = RunDir(Path(config.run.dir)).weights(name)
+    fitter = Fitter(parts.engine, config.network, folder, in_flight=config.actor.swap == "in_flight")
+    worker = Worker(parts.engine, parts.rollout, link, fitter, metrics, max_groups=config.actor.max_groups_in_flight)
+    fitter.on_loaded = worker.wake
+    on_stop(worker.drain)
+    try:
+        log.info("leaving: %s", await worker.run())
+    finally:
+        await fitter.close()
+        await link.close()
+        await parts.engine.close()
+
+
+def main() -> None:
+    run_command("chord-actor", app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What an actor needs of an inference engine: sample answers, load weights in flight, say which version it serves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.version import Version
+from common.weights.snapshot import Snapshot
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParameters:
+    """How one answer is sampled. No top-p and no top-k: the learner could not match such behaviour log-probs."""
+
+    temperature: float
+    """0 is greedy (evaluation only)."""
+    max_tokens: int
+    seed: int | None = None
+    """Makes the answer repeatable where the engine can (transformers, simulated)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """One sampled continuation of a prompt, T tokens, the end-of-turn token included where it was sampled."""
+
+    tokens: NDArray[np.int32]
+    """[T]"""
+    logprobs: NDArray[np.float32]
+    """[T] log-prob of each token under the distribution it was drawn from (temperature applied)."""
+    versions: NDArray[np.int32]
+    """[T] policy version (optimizer step) that produced each token; never falls within one answer."""
+    finish: FinishReason
+
+
+def check_prompt(prompt: Sequence[int], *, vocab_size: int, max_model_tokens: int) -> None:
+    """Refuse a prompt that would leave no room for an answer, or that would crash an engine."""
+    if not 0 < len(prompt) < max_model_tokens:
+        raise ValueError(f"prompt: got {len(prompt)} tokens, expected 1 to {max_model_tokens - 1} (actor.max_model_tokens - 1)")
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise ValueError(f"prompt: got token ids from {min(prompt)} to {max(prompt)}, expected 0 to {vocab_size - 1}")
+
+
+class Engine(Protocol):
+    """Samples many answers at once; `load` swaps weights while they run."""
+
+    name: str
+    """vllm, transformers or simulated."""
+
+    @property
+    def version(self) -> Version | None:
+        """The version whose weights are loaded; None before the first load."""
+        ...
+
+    async def start(self) -> None:
+        """Load the model. No answer may be sampled before the first `load`."""
+        ...
+
+    async def load(self, snapshot: Snapshot, *, in_flight: bool = True) -> None:
+        """Swap the weights. In flight, running answers go on under the new version; else they end first.
+
+        Returns when `version` is the snapshot's; raises and keeps the old version where loading fails.
+        """
+        ...
+
+    async def sample(self, prompt: Sequence[int], sampling: SamplingParameters) -> Answer:
+        """One answer to `prompt` (token ids). Call it concurrently: the engine batches.
+
+        ValueError where the prompt does not fit; an answer ends where prompt and answer reach actor.max_model_tokens.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Stop sampling and free what `start` took; leaves no process behind."""
+        ...

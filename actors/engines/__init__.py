@@ -1,0 +1,1 @@
+"""The three engines and the choice between them."""

@@ -1,0 +1,218 @@
+"""The vLLM engine: all answers of an actor in one continuous batch, on a GPU or a CPU; weights change between two tokens.
+
+With actors.engines.vllm_weights the only file that reaches vLLM, and only through its public interface for RL. The life of a load:
+the snapshot's tensors are checked against the model's; vLLM pauses and keeps its running answers (or lets them end); its worker reads
+the file; vLLM resumes and labels every further token with the new version. New answers wait meanwhile, and the prefix cache is salted
+by the load, so that they never build on keys and values of older weights. Answers that were running go on with theirs.
+"""
+
+import asyncio
+import itertools
+import os
+import secrets
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.engine import Answer, FinishReason, SamplingParameters, check_prompt
+from actors.engines.vllm_weights import BACKEND, Owner, read_shapes
+from common.config.schema import Actor
+from common.errors import OperatorError
+from common.version import Version
+from common.weights.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+TESTED_RELEASE = ("0", "32")
+HEAD = "lm_head.weight"
+
+
+class VllmEngine:
+    """One vLLM engine core in a process of its own, which ends with this one."""
+
+    name = "vllm"
+
+    def __init__(self, model_path: Path, *, actor: Actor, vocab_size: int, end_tokens: frozenset[int]) -> None:
+        self._model_path = model_path
+        self._actor = actor
+        self._vocab_size = vocab_size
+        self._end_tokens = sorted(end_tokens)
+        self._llm: AsyncLLM | None = None
+        self._version: Version | None = None
+        self._num_loads = 0
+        self._request_ids = itertools.count()
+        self._load_turn = asyncio.Lock()
+        self._is_open = asyncio.Event()
+        """Clear while weights are loaded: new answers wait."""
+        self._is_open.set()
+
+    @property
+    def version(self) -> Version | None:
+        return self._version
+
+    async def start(self) -> None:
+        check_installation()
+        set_environment(self._actor.num_threads)
+        await asyncio.to_thread(self._start)
+
+    def _start(self) -> None:
+        # Set here, not returned: vLLM keeps the frames that it was started from alive, and an AsyncLLM in one of them
+        # would be finalised too late, with an error.
+        self._llm = start_vllm(self._model_path, self._actor)
+
+    async def load(self, snapshot: Snapshot, *, in_flight: bool = True) -> None:
+        assert self._llm is not None, "load before start"
+        async with self._load_turn:
+            tied = self._llm.model_config.hf_config.tie_word_embeddings
+            check_tensors(snapshot.path, self._model_path, optional={HEAD} if tied else set())
+            # Shielded: a caller that gives up must not leave vLLM paused or half loaded.
+            await asyncio.shield(self._swap(self._llm, snapshot, mode="keep" if in_flight else "wait"))
+
+    async def _swap(self, llm: "AsyncLLM", snapshot: Snapshot, *, mode: Any) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        self._is_open.clear()
+        try:
+            await llm.pause_generation(mode=mode, clear_cache=False)
+            try:
+                await llm.start_weight_update()
+                await llm.update_weights(WeightTransferUpdateRequest({"path": str(snapshot.path.resolve())}))
+                await llm.finish_weight_update(weight_version=label_of(snapshot.version))
+            except Exception:
+                self._version = None  # the tensors were right, so the weights are half loaded: no token may come of them
+                await llm.pause_generation(mode="abort")
+                raise
+            self._version = snapshot.version
+            self._num_loads += 1
+            await llm.resume_generation()
+        finally:
+            self._is_open.set()
+
+    async def sample(self, prompt: Sequence[int], sampling: SamplingParameters) -> Answer:
+        from vllm.inputs.engine import tokens_input
+
+        await self._is_open.wait()
+        assert self._llm is not None, "sample before start"
+        check_prompt(prompt, vocab_size=self._vocab_size, max_model_tokens=self._actor.max_model_tokens)
+        if self._version is None:
+            raise RuntimeError("vllm: no complete weights are loaded")
+        request = tokens_input(list(prompt), cache_salt=str(self._num_loads))
+        request_id = str(next(self._request_ids))
+        outputs = [out async for out in self._llm.generate(request, self._parameters(sampling), request_id)]
+        return to_answer(outputs[-1].outputs[0])
+
+    def _parameters(self, sampling: SamplingParameters) -> "SamplingParams":
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            logprobs=0,  # of the sampled token only
+            stop_token_ids=self._end_tokens,
+            ignore_eos=True,  # exactly `end_tokens` end an answer, whatever the model folder says
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    async def close(self) -> None:
+        llm, self._llm, self._version = self._llm, None, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
+
+
+def check_installation() -> None:
+    """Refuse a vLLM whose RL interface this file was not tested with, and an environment where vLLM would not find us."""
+    from vllm.version import __version__ as found
+
+    if tuple(found.split(".")[:2]) != TESTED_RELEASE:
+        raise OperatorError(f"vllm: got version {found}, expected >=0.32,<0.33, the range that chord-rl is tested with")
+    if not any(entry.module == "actors.engines.vllm_weights" for entry in entry_points(group="vllm.general_plugins")):
+        raise OperatorError("vllm: does not find the weight loader of chord-rl, expected `pip install chord-rl` in its environment")
+
+
+def set_environment(num_threads: int) -> None:
+    """What vLLM and its child processes read from the environment; an operator's own settings of the defaults stay."""
+    if num_threads > 0:
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # Owner must be pickled, a GPU's context must not be forked
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Idle OpenMP threads sleep soon: where engines and learner share cores, spinning ones slow each other down tenfold.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def start_vllm(model_path: Path, actor: Actor) -> "AsyncLLM":
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = AsyncEngineArgs(
+        model=str(model_path),
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        dtype=actor.dtype,
+        seed=secrets.randbelow(2**31),  # the default would have every actor draw the same numbers
+        max_model_len=actor.max_model_tokens,
+        logprobs_mode="processed_logprobs",
+        enable_prefix_caching=True,
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        additional_config=Owner(os.getpid()),  # pyright: ignore[reportArgumentType] -- vLLM's own type is wider
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        **(cpu_arguments(actor) if current_platform.is_cpu() else {"gpu_memory_utilization": actor.gpu_memory_frac}),
+    )
+    return AsyncLLM.from_engine_args(arguments)
+
+
+def cpu_arguments(actor: Actor) -> dict[str, Any]:
+    """Quick to start, small, and its threads bound to no core, so that several engines share a machine."""
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    return {
+        "kv_cache_memory_bytes": int(actor.kv_cache_gib * 2**30),  # the environment variable takes whole GiB only
+        "max_num_seqs": 64,
+        "enforce_eager": True,
+        # As a class: the name "uni" would be turned into "mp", one process more, which binds its threads to cores.
+        "distributed_executor_backend": UniProcExecutor,
+    }
+
+
+def check_tensors(path: Path, model_path: Path, *, optional: set[str]) -> None:
+    """Compare the snapshot's tensor names and shapes with the model folder's, before anything is touched."""
+    expected = {name: shape for file in model_path.glob("*.safetensors") for name, shape in read_shapes(file).items()}
+    got = read_shapes(path)
+    wrong = {name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)} - optional
+    if wrong:
+        name = min(wrong)
+        raise ValueError(
+            f"{path}: {len(wrong)} tensors do not fit {model_path}, first {name}: "
+            f"got {got.get(name, 'none')}, expected {expected.get(name, 'none')}"
+        )
+
+
+def label_of(version: Version) -> str:
+    """vLLM's name of a version: its step first, then what else tells it from others of that step."""
+    return f"{version.step}/{version.incarnation}/{version.hash}"
+
+
+def to_answer(output: "CompletionOutput") -> Answer:
+    if output.finish_reason not in tuple(FinishReason):
+        raise RuntimeError(f"vllm: an answer ended by {output.finish_reason}, expected stop or length")
+    assert output.logprobs is not None and output.weight_versions is not None
+    tokens = np.asarray(output.token_ids, dtype=np.int32)
+    logprobs = [float(at[token].logprob) for at, token in zip(output.logprobs, output.token_ids, strict=True)]
+    versions = np.full(len(tokens), -1, dtype=np.int32)
+    for span in output.weight_versions:
+        versions[span.start : span.end] = int(span.version.split("/")[0])
+    assert (versions >= 0).all(), f"tokens without a version: {output.weight_versions}"
+    return Answer(tokens, np.asarray(logprobs, dtype=np.float32), versions, FinishReason(output.finish_reason))

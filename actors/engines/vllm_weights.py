@@ -1,0 +1,136 @@
+"""Runs inside vLLM's own processes: loads a snapshot file into the model, and dies with the actor.
+
+vLLM finds `register` through the entry-point group `vllm.general_plugins` and calls it in every process that it starts. With
+actors.engines.vllm this is the only file that reaches vLLM.
+"""
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BACKEND = "chord"
+
+
+def register() -> None:
+    """Offer the weight-transfer backend `chord` to vLLM."""
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    @dataclass
+    class Nothing(WeightTransferInitInfo):
+        """There is no connection to set up."""
+
+    @dataclass
+    class SnapshotFile(WeightTransferUpdateInfo):
+        path: str
+        """A safetensors file with every tensor of the checkpoint; a tied head may be left out."""
+
+    class SnapshotTransfer(WeightTransferEngine[Nothing, SnapshotFile]):
+        """Everything happens in `receive_weights`: nothing before it has touched the model, nothing after it is left to do."""
+
+        init_info_cls = Nothing
+        update_info_cls = SnapshotFile
+
+        def init_transfer_engine(self, init_info: Nothing) -> None: ...
+
+        def start_weight_update(self) -> None: ...
+
+        def finish_weight_update(self) -> None: ...
+
+        def shutdown(self) -> None: ...
+
+        def update_weights(self, update_info: dict[str, Any]) -> None:
+            if self.device.type == "cpu":  # the base class synchronises an accelerator that is not there
+                self.receive_weights(self.parse_update_info(update_info))
+            else:
+                super().update_weights(update_info)
+
+        def receive_weights(self, update_info: SnapshotFile) -> None:
+            load_snapshot(self.model, self.model_config, Path(update_info.path))
+
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, SnapshotTransfer)
+
+
+def load_snapshot(model: Any, model_config: Any, path: Path) -> None:
+    """Load all weights by vLLM's layerwise reload: the one path that also works where linear layers keep only packed weights."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+    try:
+        model.load_weights(iterate_tensors(path))
+    finally:  # also after a failure, so that the next load begins anew
+        finalize_layerwise_reload(model, model_config)
+    pack_tied_heads(model)
+
+
+def pack_tied_heads(model: Any) -> None:
+    """Pack anew what shares the embedding's weight: reload skips it, and on a CPU it would go on with its old packed copy."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a safetensors file, from its header alone."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+
+
+def iterate_tensors(path: Path) -> Iterator[tuple[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 -- not a mapping
+            yield name, file.get_tensor(name)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Rides in vLLM's configuration; unpickled in a child process, it ties that process's life to the owner's.
+
+    vLLM's engine process outlives an owner that was killed. The configuration is the first of ours to reach it, before it waits
+    for its owner for the first time.
+    """
+
+    pid: int
+
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        return die_with, (self.pid,)
+
+    def compute_hash(self) -> str:
+        """vLLM hashes its configuration for caches, which this has no part in."""
+        return ""
+
+
+def die_with(pid: int) -> Owner:
+    """Have this process killed as soon as process `pid` has ended, however it ended."""
+    if pid != os.getpid():
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            threading.Thread(target=_await_end, args=(handle,), name="owner-watch", daemon=True).start()
+    return Owner(pid)
+
+
+def _await_end(handle: int) -> None:
+    """A pidfd turns readable when its process ends."""
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGKILL)

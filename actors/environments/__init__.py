@@ -1,0 +1,1 @@
+"""Environments: what sets a task, answers the policy and scores it."""

@@ -1,0 +1,32 @@
+"""The environment `reasoning_gym`: any of its families, scored by the family's own scorer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from actors.environment import SingleTurn
+from common.chat import ChatMessage
+from common.problems import Problem, ReasoningProblems, Split
+
+
+class ReasoningGym(SingleTurn[Problem]):
+    """Options: `family`, `system_prompt`, and the family's own parameters."""
+
+    def __init__(self, *, seed: int, **options: Any) -> None:
+        self._problems = ReasoningProblems(seed=seed, **options)
+        self._held_out = self._problems.distinct("held_out")
+        self._seen: list[Problem] = []
+
+    def task(self, split: Split, index: int) -> tuple[Problem, Sequence[ChatMessage]]:
+        problem = self._problems.problem("train", index) if split == "train" else self._held_out_problem(index)
+        return problem, problem.messages
+
+    def score(self, task: Problem, text: str) -> float:
+        return self._problems.score(task, text)
+
+    def _held_out_problem(self, index: int) -> Problem:
+        while len(self._seen) <= index:
+            problem = next(self._held_out, None)
+            if problem is None:
+                raise IndexError(f"{self._problems.family} has only {len(self._seen)} different held-out questions")
+            self._seen.append(problem)
+        return self._seen[index]

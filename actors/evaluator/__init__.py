@@ -1,0 +1,1 @@
+"""The evaluator: an actor pinned to one version at a time, scoring held-out problems."""

@@ -1,0 +1,157 @@
+"""The fitter: keeps the engine on the newest announced weights.
+
+Consumes announcements and the versions that work replies mention; waits for chunks (the weight client's limit); produces loads. An engine
+is given only files whose hash is the one announced for their version.
+"""
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from actors.engine import Engine
+from common.config.schema import Network
+from common.version import Version
+from common.weights.client import FetchCancelled, VersionGone, WeightClient
+from common.weights.snapshot import Snapshot
+from common.wire.codec import WireError, decode
+from common.wire.messages import Announcement, Welcome
+from common.wire.sockets import SocketLimits, open_socket
+
+log = logging.getLogger(__name__)
+
+MAX_ANNOUNCEMENT_BYTES = 64 << 10
+
+
+class Fitter:
+    """Owns the SUB socket and a thread for fetching."""
+
+    def __init__(self, engine: Engine, network: Network, folder: Path, *, in_flight: bool) -> None:
+        self._engine = engine
+        self._network = network
+        self._folder = folder
+        self._in_flight = in_flight
+        self.on_loaded: Callable[[], None] = lambda: None
+        """Called after every load."""
+        self._limits = SocketLimits(network.heartbeat_s, network.silence_s, network.max_message_bytes)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
+        self._client: WeightClient | None = None
+        self._address = ""
+        self._wanted: Version | None = None
+        self._has_news = asyncio.Event()
+        self._is_closing = False
+        self.received_bytes = 0
+        self.load_s = 0.0
+        """Duration of the last load."""
+
+    def want(self, version: Version | None) -> None:
+        """Note the newest version; the order of versions is incarnation, then step."""
+        if version is None:
+            return
+        wanted = self._wanted
+        if wanted is None or (version.incarnation, version.step) > (wanted.incarnation, wanted.step):
+            self._wanted = version
+            self._has_news.set()
+
+    async def follow(self, welcome: Callable[[], Welcome | None]) -> None:
+        """Fit every newest version until cancelled; `welcome` tells where the learner's weights are now."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen(welcome))
+            tasks.create_task(self._fit_newest(welcome))
+
+    async def fit(self, version: Version, welcome: Welcome) -> None:
+        """Fetch `version` and load it. Raises VersionGone where the learner no longer keeps it, WaitTimeout where it is silent."""
+        serving = self._engine.version
+        if serving and serving.hash == version.hash and serving == version:
+            return
+        snapshot = await self._fetch(version, welcome)
+        started = time.monotonic()
+        await self._engine.load(snapshot, in_flight=self._in_flight)
+        self.load_s = time.monotonic() - started
+        for old in self._folder.glob("*.safetensors"):
+            if old != snapshot.path:
+                old.unlink()
+        log.info("serving %s (load %.2f s)", version, self.load_s)
+        self.on_loaded()
+
+    async def close(self) -> None:
+        self._is_closing = True
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close_client)
+        self._thread.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _fit_newest(self, welcome: Callable[[], Welcome | None]) -> None:
+        while True:
+            await self._has_news.wait()
+            self._has_news.clear()
+            wanted, now = self._wanted, welcome()
+            if wanted is None or now is None:
+                continue
+            try:
+                await self.fit(wanted, now)
+            except (VersionGone, FetchCancelled):
+                log.info("%s was superseded while it was fetched", wanted)
+
+    async def _fetch(self, version: Version, welcome: Welcome) -> Snapshot:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._fetch_in_thread, version, welcome.weights_port)
+
+    def _fetch_in_thread(self, version: Version, port: int) -> Snapshot:
+        address = f"tcp://{self._network.host}:{port}"
+        if self._client is None or self._address != address:
+            self._close_client()
+            self._address = address
+            self._client = WeightClient(
+                zmq.Context.instance(), address, self._folder, limits=self._limits, credit=self._network.chunk_credit,
+                timeout_s=self._network.learner_timeout_s, retry_s=self._network.request_timeout_s,
+            )  # fmt: skip
+        snapshot = self._client.fetch(version, self._is_wanted)
+        self.received_bytes = self._client.received_bytes
+        return snapshot
+
+    def _is_wanted(self) -> bool:
+        return not self._is_closing
+
+    def _close_client(self) -> None:
+        if self._client:
+            self._client.close()
+            self._client = None
+
+    async def _listen(self, welcome: Callable[[], Welcome | None]) -> None:
+        """Follow announcements; the learner may come back on another port."""
+        port, socket = 0, None
+        try:
+            while True:
+                now = welcome()
+                if now and now.announcements_port != port:
+                    if socket:
+                        socket.close()
+                    port, socket = now.announcements_port, self._subscribe(now.announcements_port)
+                if socket is None or not await socket.poll(500):
+                    await asyncio.sleep(0.05)
+                    continue
+                self._hear(await socket.recv_multipart())
+        finally:
+            if socket:
+                socket.close()
+
+    def _subscribe(self, port: int) -> Any:
+        socket = open_socket(zmq.asyncio.Context.instance(), zmq.SUB, self._limits)
+        socket.setsockopt(zmq.SUBSCRIBE, b"")
+        socket.connect(f"tcp://{self._network.host}:{port}")
+        return socket
+
+    def _hear(self, frames: list[bytes]) -> None:
+        try:
+            message = decode(frames, max_bytes=MAX_ANNOUNCEMENT_BYTES).message
+        except WireError as error:
+            log.warning("an announcement was refused: %s", error)
+            return
+        if isinstance(message, Announcement):
+            self.want(message.version)

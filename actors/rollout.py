@@ -1,0 +1,102 @@
+"""From a lease to a group: K episodes of one task, sampled at once, as trajectories."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+
+from actors.engine import Answer, Engine, FinishReason, SamplingParameters
+from actors.environment import Environment, Episode
+from common.chat import Chat
+from common.trajectory import NOT_SAMPLED, Trajectory, TrajectoryGroup
+from common.wire.messages import Lease
+
+
+class SamplingFailed(Exception):
+    """The engine could not answer; it is the engine's fault, not the prompt's."""
+
+
+class PromptTooLong(Exception):
+    """The conversation leaves no room for an answer."""
+
+
+class Tape:
+    """The tokens of one episode as they come."""
+
+    def __init__(self, prompt: list[int]) -> None:
+        self.tokens: list[int] = []
+        self._logprobs: list[np.ndarray] = []
+        self._mask: list[np.ndarray] = []
+        self._versions: list[np.ndarray] = []
+        self.read(prompt)
+
+    def read(self, tokens: list[int]) -> None:
+        """Tokens that the policy reads."""
+        self._extend(tokens, np.zeros(len(tokens)), np.zeros(len(tokens)), np.full(len(tokens), NOT_SAMPLED))
+
+    def write(self, answer: Answer) -> None:
+        """Tokens that the policy wrote."""
+        self._extend(answer.tokens.tolist(), answer.logprobs, np.ones(len(answer.tokens)), answer.versions)
+
+    def _extend(self, tokens: list[int], logprobs: np.ndarray, mask: np.ndarray, versions: np.ndarray) -> None:
+        self.tokens += tokens
+        self._logprobs.append(logprobs)
+        self._mask.append(mask)
+        self._versions.append(versions)
+
+    def trajectory(self, reward: float, *, is_truncated: bool) -> Trajectory:
+        return Trajectory(
+            tokens=np.array(self.tokens, dtype=np.int32),
+            logprobs=np.minimum(np.concatenate(self._logprobs), 0.0).astype(np.float32),
+            mask=np.concatenate(self._mask).astype(np.float32),
+            versions=np.concatenate(self._versions).astype(np.int32),
+            reward=reward,
+            is_truncated=is_truncated,
+        )
+
+
+class Rollout:
+    """Runs episodes with an engine; keeps no state between them."""
+
+    def __init__(self, engine: Engine, environment: Environment, chat: Chat, *, max_model_tokens: int) -> None:
+        self._engine = engine
+        self._environment = environment
+        self._chat = chat
+        self._max_model_tokens = max_model_tokens
+
+    async def group(self, lease: Lease) -> TrajectoryGroup:
+        """All answers to a lease's prompt. Raises SamplingFailed, PromptTooLong, or what the environment raises."""
+        sampling = SamplingParameters(temperature=lease.temperature, max_tokens=lease.max_tokens)
+        episodes = [self._environment.episode("train", lease.prompt_index) for _ in range(lease.group_size)]
+        async with asyncio.TaskGroup() as running:
+            tasks = [
+                running.create_task(self.episode(episode, replace(sampling, seed=lease.seed + k)))
+                for k, episode in enumerate(episodes)
+            ]
+        trajectories, prompts = zip(*(task.result() for task in tasks), strict=True)
+        return TrajectoryGroup(lease.lease_id, min(prompts), trajectories)
+
+    async def episode(self, episode: Episode, sampling: SamplingParameters) -> tuple[Trajectory, int]:
+        """One episode to its end: its trajectory and the number of prompt tokens."""
+        prompt = self._chat.prompt_tokens(await episode.begin())
+        tape, reward = Tape(prompt), 0.0
+        while True:
+            answer = await self._sample(tape.tokens, sampling)
+            tape.write(answer)
+            turn = await episode.answer(self._chat.text(answer.tokens.tolist()))
+            reward += turn.reward
+            is_truncated = answer.finish is FinishReason.LENGTH
+            if is_truncated or not turn.messages:
+                return tape.trajectory(reward, is_truncated=is_truncated), len(prompt)
+            tape.read(self._chat.continuation_tokens(turn.messages))
+            if len(tape.tokens) >= self._max_model_tokens:
+                return tape.trajectory(reward, is_truncated=True), len(prompt)
+
+    async def _sample(self, tokens: list[int], sampling: SamplingParameters) -> Answer:
+        room = self._max_model_tokens - len(tokens)
+        if room < 1:
+            raise PromptTooLong(f"got a prompt of {len(tokens)} tokens, expected fewer than actor.max_model_tokens {self._max_model_tokens}")
+        try:
+            return await self._engine.sample(list(tokens), replace(sampling, max_tokens=min(sampling.max_tokens, room)))
+        except Exception as error:
+            raise SamplingFailed(f"{self._engine.name} engine: {type(error).__name__}: {error}") from error

@@ -1,0 +1,75 @@
+"""What actor and evaluator do alike to come up: engine, environment, link."""
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from actors.engine import Engine
+from actors.engines.choose import make_engine
+from actors.environment import Environment, make_environment
+from actors.rollout import Rollout
+from common.chat import Chat
+from common.config.schema import Config, EngineKind
+from common.errors import OperatorError
+from common.metrics import serve_metrics
+from common.wire.messages import Hello, Role
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a peer works with."""
+
+    engine: Engine
+    environment: Environment
+    rollout: Rollout
+    chat: Chat
+
+
+def make_parts(config: Config, kind: EngineKind) -> Parts:
+    """Everything but the network; the engine is not started yet."""
+    model_path = Path(config.model.path)
+    chat = Chat(model_path)
+    environment = make_environment(config.environment.name, seed=config.run.seed, options=config.environment.options)
+    engine = make_engine(
+        kind, model_path=model_path, actor=config.actor, vocab_size=chat.vocab_size, end_tokens=chat.end_tokens
+    )
+    rollout = Rollout(engine, environment, chat, max_model_tokens=config.actor.max_model_tokens)
+    return Parts(engine, environment, rollout, chat)
+
+
+def make_hello(config: Config, *, name: str, role: Role, engine: Engine) -> Hello:
+    return Hello(
+        peer_id=name, session=secrets.token_hex(8), role=role, engine=engine.name, config_hash=config.agreement_hash
+    )
+
+
+def default_name(role: Role) -> str:
+    return f"{role}-{socket.gethostname()[:30]}-{os.getpid()}"
+
+
+def serve_peer_metrics(registry: CollectorRegistry, *, host: str, port: int, key: str) -> None:
+    found = serve_metrics(registry, host=host, port=port, key=key)
+    log.info("metrics: http://%s:%d/metrics", host, found)
+
+
+def check_model(config: Config) -> None:
+    """What can be known to be wrong before anything heavy is imported."""
+    if not (Path(config.model.path) / "config.json").is_file():
+        raise OperatorError(f"model.path: got {config.model.path!r}, expected a Hugging Face folder with a config.json")
+
+
+def on_stop(action: Callable[[], None]) -> None:
+    """Call `action` on SIGTERM and Ctrl-C."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, action)

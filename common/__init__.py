@@ -1,0 +1,1 @@
+"""The foundation: what actors and the learner both speak. It imports neither wing."""

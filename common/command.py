@@ -1,0 +1,53 @@
+"""What every command shares: `--config`, dotted overrides, `--check`, and errors as one line with exit code 2."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from common.config.load import ResolvedConfig, resolve_config
+from common.errors import COMPONENT_FAILURE, OPERATOR_ERROR, ComponentFailure, OperatorError
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Configuration file (TOML).")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that go before the file's.")
+]
+CheckOption = Annotated[
+    bool, typer.Option("--check", help="Validate, print the resolved configuration with each value's origin, and stop.")
+]
+
+
+def new_command(help: str) -> typer.Typer:
+    """A typer application with the house's settings."""
+    return typer.Typer(help=help, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def resolve_or_check(path: Path | None, overrides: list[str] | None, *, check: bool) -> ResolvedConfig:
+    """The resolved configuration; with `check`, prints it and ends the command."""
+    resolved = resolve_config(path, overrides or ())
+    if check:
+        print("\n".join(resolved.describe()))
+        raise typer.Exit(0)
+    return resolved
+
+
+def run_command(name: str, command: Callable[[], object]) -> NoReturn:
+    """Run a typer application; an operator's error or a failure becomes one line per mistake on stderr, and the exit code."""
+    try:
+        command()
+    except (OperatorError, ComponentFailure) as error:
+        print("\n".join(f"{name}: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(OPERATOR_ERROR if isinstance(error, OperatorError) else COMPONENT_FAILURE)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def start_logging(name: str, *, level: int = logging.INFO) -> None:
+    """Plain lines on stderr: time, component, level, message."""
+    logging.basicConfig(
+        level=level, format=f"%(asctime)s {name} %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )

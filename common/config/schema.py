@@ -1,0 +1,206 @@
+"""The schema of the configuration: one frozen section per noun of the system, every field with its unit and meaning."""
+
+import hashlib
+import json
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0.0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class EngineKind(StrEnum):
+    AUTO = "auto"
+    VLLM = "vllm"
+    TRANSFORMERS = "transformers"
+    SIMULATED = "simulated"
+
+
+class StalenessPolicy(StrEnum):
+    PACE = "pace"
+    DROP = "drop"
+
+
+class Section(BaseModel):
+    """A frozen group of keys that refuses unknown ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Run(Section):
+    dir: str = Field("runs/default", min_length=1, description="run directory: everything a run writes lies here")
+    seed: Count = Field(0, description="seeds prompts, sampling, expert order and initial random states")
+    num_actors: Count = Field(2, description="actor processes that chord-local starts")
+
+
+class Model(Section):
+    path: str = Field("", description="Hugging Face folder of the initial policy")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the learner's parameters")
+
+
+class Actor(Section):
+    engine: EngineKind = Field(EngineKind.AUTO, description="auto takes vLLM where importable, else transformers")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="engine precision; auto leaves it to the engine")
+    swap: Literal["in_flight", "wait"] = Field(
+        "in_flight", description="load new weights between tokens of running answers, or wait until they end"
+    )
+    max_groups_in_flight: Positive = Field(4, description="leases one actor works on at a time")
+    max_model_tokens: Positive = Field(1024, description="prompt + answer tokens that the engine makes room for")
+    kv_cache_gib: Annotated[float, Field(gt=0)] = Field(0.5, description="KV cache of a vLLM engine on a CPU, GiB")
+    gpu_memory_frac: Annotated[float, Field(gt=0, le=1)] = Field(0.85, description="GPU memory a vLLM engine may take")
+    num_threads: Count = Field(0, description="CPU threads of one engine; 0 leaves it to the engine")
+    tokens_per_s: Annotated[float, Field(gt=0)] = Field(2000.0, description="speed of the simulated engine")
+    metrics_port: Port = Field(0, description="Prometheus port; 0 takes a free one and prints it")
+
+
+class Sampling(Section):
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="of rollouts; the learner's policy half uses it too")
+    max_tokens: Positive = Field(64, description="tokens of one answer at most")
+
+
+class Environment(Section):
+    name: str = Field("reasoning_gym", description="a name of the entry-point group chord_rl.environments")
+    options: dict[str, Any] = Field(default_factory=dict, description="handed to the environment as they are")
+
+
+class Algorithm(Section):
+    preset: Literal["grpo", "sft", "chord_mu", "chord_phi"] = Field("chord_mu", description="the method, in one word")
+    correction: Literal["none", "ppo", "tis", "icepop", "decoupled", "cispo", "gspo"] = Field(
+        "tis", description="importance correction of policy rows"
+    )
+    clip_low: Fraction = Field(0.2, description="ε below 1 of the clipped ratio")
+    clip_high: Annotated[float, Field(ge=0)] = Field(0.2, description="ε above 1 of the clipped ratio")
+    cap: Annotated[float, Field(gt=0)] = Field(2.0, description="C of truncated importance sampling")
+    band: tuple[float, float] = Field((0.5, 5.0), description="[α, β] outside which icepop masks a token")
+    max_staleness: Count = Field(1, description="optimizer steps a trained token may lag; 0 is exactly synchronous")
+    staleness_policy: StalenessPolicy = Field(
+        StalenessPolicy.PACE, description="pace waits for the oldest lease, drop passes it by"
+    )
+    group_size: Annotated[int, Field(ge=2)] = Field(8, description="K answers to one prompt")
+    advantage_scale: Literal["std", "none"] = Field("std", description="divide a group's advantages by its deviation")
+    mu_peak: Fraction = Field(0.0, description="μ after warm-up")
+    mu_valley: Fraction = Field(0.0, description="μ after decay")
+    mu_warmup_steps: Count = Field(0, description="optimizer steps from 0 to the peak")
+    mu_decay_steps: Count = Field(0, description="optimizer steps from the peak to the valley (cosine)")
+    expert_weighting: Literal["phi", "is", "none"] = Field("none", description="token weight of the expert loss")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mu_decay_steps == 0 and self.mu_peak != self.mu_valley:
+            raise ValueError(
+                f"algorithm.mu_decay_steps: got 0 with mu_peak {self.mu_peak} and mu_valley {self.mu_valley}, "
+                "expected a decay of at least 1 step, or peak equal to valley"
+            )
+        if self.band[0] > self.band[1]:
+            raise ValueError(f"algorithm.band: got {list(self.band)}, expected [low, high] with low <= high")
+        if self.correction == "none" and self.max_staleness > 0:
+            raise ValueError(
+                f'algorithm.correction: got "none" with max_staleness {self.max_staleness}, expected a correction '
+                "(uncorrected asynchronous training collapses) or max_staleness 0"
+            )
+        return self
+
+    @property
+    def trains_on_groups(self) -> bool:
+        """Whether any step has μ < 1, so that actors have work."""
+        return min(self.mu_peak, self.mu_valley) < 1.0 or self.mu_warmup_steps > 0
+
+    @property
+    def trains_on_experts(self) -> bool:
+        """Whether any step has μ > 0."""
+        return max(self.mu_peak, self.mu_valley) > 0.0
+
+
+class Learner(Section):
+    num_steps: Positive = Field(100, description="optimizer steps of the whole run")
+    groups_per_step: Positive = Field(8, description="groups in one optimizer step")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-6, description="peak learning rate")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up, to 0 at the end")
+    lr_warmup_steps: Count = Field(0, description="linear warm-up from 0, optimizer steps")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
+    adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's β")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="global gradient norm is clipped to this")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage")
+    num_ranks: Positive = Field(1, description="training processes; more than 1 starts them through torchrun")
+    num_threads: Count = Field(0, description="CPU threads of one rank; 0 leaves it to torch")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32", description="precision of the decoder's matrix products; auto takes bfloat16 where the hardware has units for it"
+    )
+    micro_batch_tokens: Positive = Field(4096, description="token budget of one forward pass, padding counted")
+    head_chunk_tokens: Positive = Field(512, description="positions whose vocabulary logits exist at a time")
+    share_prompts: bool = Field(True, description="compute a group's prompt once for its K answers")
+    checkpoint_every_steps: Positive = Field(50, description="optimizer steps between checkpoints")
+    keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
+    metrics_port: Port = Field(0, description="Prometheus port; 0 takes a free one and prints it")
+    metrics_host: str = Field("127.0.0.1", description="address that every component's metrics are served on")
+    start_timeout_s: Seconds = Field(600.0, description="longest wait for the first group of a run")
+    group_timeout_s: Seconds = Field(600.0, description="longest wait for a group while training")
+    eval_timeout_s: Seconds = Field(600.0, description="longest wait at the end for evaluations still running")
+
+
+class Network(Section):
+    host: str = Field("127.0.0.1", description="address of the learner: bound by it, connected to by actors")
+    port: Port = Field(5757, description="the learner's front door; chord-local turns 0 into a free port")
+    heartbeat_s: Seconds = Field(1.0, description="between ZeroMQ heartbeats")
+    silence_s: Seconds = Field(4.0, description="a peer silent for longer is disconnected")
+    lease_s: Seconds = Field(20.0, description="a lease whose actor has been silent for longer is issued again")
+    request_timeout_s: Seconds = Field(10.0, description="one request to the learner, before it is sent again")
+    learner_timeout_s: Seconds = Field(180.0, description="an actor gives up on a learner unreachable for longer")
+    max_message_bytes: Positive = Field(256 << 20, description="largest message that either side takes")
+    chunk_bytes: Annotated[int, Field(ge=1 << 20, le=4 << 20)] = Field(2 << 20, description="one chunk of weights")
+    chunk_credit: Positive = Field(8, description="chunks one actor asks for ahead")
+
+
+class Expert(Section):
+    path: str = Field("", description="expert store, an SQLite file made by chord-expert; empty: RUN_DIR/expert.sqlite")
+    rows_per_step: Count = Field(32, description="expert rows in one optimizer step")
+
+
+class Eval(Section):
+    every_steps: Count = Field(10, description="optimizer steps between evaluations; 0 evaluates never")
+    num_problems: Positive = Field(200, description="held-out problems, all different")
+    engine: EngineKind | None = Field(None, description="the evaluator's engine; unset: as actor.engine")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0 is greedy")
+    max_concurrency: Positive = Field(64, description="problems in flight at a time")
+    metrics_port: Port = Field(0, description="Prometheus port; 0 takes a free one and prints it")
+
+
+AGREED: dict[str, set[str] | None] = {
+    "run": {"seed"}, "sampling": None, "environment": None, "algorithm": None, "eval": {"num_problems", "temperature"},
+}  # fmt: skip
+"""What learner, actors and evaluator must hold in common: a section's keys, None for all of them."""
+
+
+class Config(Section):
+    """Everything that a run is determined by."""
+
+    run: Run = Run()  # pyright: ignore[reportCallIssue]
+    model: Model = Model()  # pyright: ignore[reportCallIssue]
+    actor: Actor = Actor()  # pyright: ignore[reportCallIssue]
+    sampling: Sampling = Sampling()  # pyright: ignore[reportCallIssue]
+    environment: Environment = Environment()  # pyright: ignore[reportCallIssue]
+    algorithm: Algorithm = Algorithm()  # pyright: ignore[reportCallIssue]
+    learner: Learner = Learner()  # pyright: ignore[reportCallIssue]
+    network: Network = Network()  # pyright: ignore[reportCallIssue]
+    expert: Expert = Expert()  # pyright: ignore[reportCallIssue]
+    eval: Eval = Eval()  # pyright: ignore[reportCallIssue]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.algorithm.trains_on_experts and self.expert.rows_per_step == 0:
+            raise ValueError(
+                f'expert.rows_per_step: got 0 with algorithm.preset "{self.algorithm.preset}" (μ > 0), '
+                "expected at least 1 expert row per step"
+            )
+        return self
+
+    @property
+    def agreement_hash(self) -> str:
+        """Equal exactly where two components would sample, score and train the same thing."""
+        agreed = {section: self.model_dump(mode="json", include={section: keys or True}) for section, keys in AGREED.items()}
+        return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,139 @@
+"""`chord-local`: one machine, everything. Starts a learner, actors and an evaluator, shows what they do, ends with a summary."""
+
+import json
+import signal
+import socket
+import time
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command
+from common.config.schema import Config
+from common.errors import OperatorError
+from common.local.progress import Progress, describe_summary
+from common.local.supervisor import Supervisor
+from common.run_dir import RunDir
+
+app = new_command("A whole CHORD run on this machine: learner, actors and evaluator as processes.")
+
+QUIET_S = 15.0
+"""Without a terminal: a line about the present at least this often."""
+POLL_S = 0.25
+MEMORY_EVERY_S = 5.0
+LEAVE_S = 20.0
+
+
+@app.command()
+def local(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    check: CheckOption = False,
+    fresh: bool = typer.Option(False, "--fresh", help="Delete an earlier run in run.dir and begin anew."),
+) -> None:
+    """Run learner, run.num_actors actors and an evaluator until learner.num_steps steps are done."""
+    resolved = resolve_or_check(config, overrides, check=check).config
+    if not (Path(resolved.model.path) / "config.json").is_file():
+        raise OperatorError(f"model.path: got {resolved.model.path!r}, expected a Hugging Face folder with a config.json")
+    run_dir = RunDir(Path(resolved.run.dir))
+    if fresh:
+        run_dir.clear()
+    run_dir.create()
+    resolved = with_port(resolved)
+    run_dir.save_config(resolved)
+    LocalRun(resolved, run_dir).run()
+
+
+def with_port(config: Config) -> Config:
+    """The configuration with a front door for the learner; 0 becomes a free port of the moment."""
+    port = config.network.port
+    with socket.socket() as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((config.network.host, port))
+        except OSError as error:
+            raise OperatorError(f"network.port: {config.network.host}:{port} is taken ({error.strerror}), expected a free port") from error
+        network = config.network.model_copy(update={"port": probe.getsockname()[1]})
+    return config.model_copy(update={"network": network})
+
+
+class LocalRun:
+    """The loop of chord-local: watch, show, end."""
+
+    def __init__(self, config: Config, run_dir: RunDir) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._progress = Progress(run_dir)
+        self._supervisor = Supervisor(
+            run_dir.config, run_dir.logs, num_actors=config.run.num_actors if config.algorithm.trains_on_groups else 0,
+            has_evaluator=config.eval.every_steps > 0,
+        )  # fmt: skip
+        self._is_stopping = False
+        self._peak_bytes = 0
+
+    def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop())
+        names = ", ".join(component.name for component in self._supervisor.components)
+        self._say(f"{self._config.run.dir}: starting {names} (logs in {self._run_dir.logs})")
+        try:
+            self._supervisor.start()
+            self._follow()
+            self._supervisor.wait_for_peers(0.0 if self._is_stopping else LEAVE_S)
+        finally:
+            self._supervisor.stop()
+        self._conclude()
+
+    def _follow(self) -> None:
+        """Until the learner has ended or the user has had enough."""
+        shown = measured = 0.0
+        with Live(console=self._console, refresh_per_second=4, transient=True) as live:
+            while self._supervisor.learner.exit_code != 0 and not self._is_stopping:
+                news = self._supervisor.watch() + self._progress.read()
+                for line in news:
+                    self._say(line)
+                now = time.monotonic()
+                if self._console.is_terminal:
+                    live.update(Text(self._progress.now(), style="dim"))
+                elif news:
+                    shown = now
+                elif now - shown > QUIET_S:
+                    self._say(self._progress.now())
+                    shown = now
+                if now - measured > MEMORY_EVERY_S:
+                    self._peak_bytes = max(self._peak_bytes, self._supervisor.memory_bytes())
+                    measured = now
+                time.sleep(POLL_S)
+
+    def _conclude(self) -> None:
+        for line in self._progress.read():
+            self._say(line)
+        self._say(f"peak memory of all processes {self._peak_bytes / 2**30:.1f} GiB, restarts {self._supervisor.num_restarts}")
+        if not self._run_dir.summary.exists():
+            self._say("stopped before the first summary")
+            return
+        task = str(self._config.environment.options.get("family", self._config.environment.name))
+        self._say(describe_summary(json.loads(self._run_dir.summary.read_text()), task=task))
+        self._say(f"summary: {self._run_dir.summary}")
+        if self._run_dir.final.exists():
+            self._say(f"trained policy: {self._run_dir.final}")
+
+    def _stop(self) -> None:
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._say("stopping: actors drain, the learner writes a checkpoint")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+
+def main() -> None:
+    run_command("chord-local", app)
+
+
+if __name__ == "__main__":
+    main()

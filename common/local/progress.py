@@ -1,0 +1,123 @@
+"""What chord-local shows: read from the run directory alone, so that it shows what is on record."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from common.run_dir import RunDir
+
+Line = dict[str, Any]
+
+
+@dataclass
+class Tail:
+    """The complete lines of a growing JSONL file that were not seen yet."""
+
+    path: Path
+    offset: int = 0
+
+    def read(self) -> list[Line]:
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            if file.seek(0, 2) < self.offset:
+                self.offset = 0  # the file was written anew after a crash
+            file.seek(self.offset)
+            data = file.read()
+        complete = data[: data.rfind(b"\n") + 1]
+        self.offset += len(complete)
+        return [json.loads(line) for line in complete.splitlines()]
+
+
+class Progress:
+    """Steps, evaluations and the learner's status board."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._status_path = run_dir.status
+        self._steps = Tail(run_dir.metrics)
+        self._evaluations = Tail(run_dir.evaluations)
+        self.status: Line = {}
+        self.last_step: Line = {}
+        self.last_evaluation: Line = {}
+        self._seen: set[tuple[str, int]] = set()
+
+    def read(self) -> list[str]:
+        """One line of text for each step and evaluation since the last call."""
+        self.status = _read_json(self._status_path)
+        texts: list[str] = []
+        for line in self._new("step", self._steps.read()):
+            self.last_step = line
+            texts.append(describe_step(line, num_steps=self.status.get("num_steps", 0)))
+        for line in self._new("evaluation", self._evaluations.read()):
+            self.last_evaluation = line
+            texts.append(describe_evaluation(line))
+        return texts
+
+    def _new(self, kind: str, lines: list[Line]) -> list[Line]:
+        """Lines of steps not shown yet: a restarted learner writes its files anew."""
+        fresh = [line for line in lines if (kind, line["step"]) not in self._seen]
+        self._seen |= {(kind, line["step"]) for line in fresh}
+        return fresh
+
+    def now(self) -> str:
+        """What happens at this moment, and who waits for whom."""
+        if not self.status:
+            return "the learner starts"
+        peers = ", ".join(describe_peer(peer) for peer in self.status["peers"]) or "no actor has joined yet"
+        waiting = f", waits for {self.status['waiting_for']}" if self.status["waiting_for"] else ""
+        return f"learner: {self.status['phase']} after step {self.status['step']}{waiting}; {peers}"
+
+
+def describe_step(line: Line, *, num_steps: int) -> str:
+    parts = [f"step {line['step']}/{num_steps}"]
+    if line["num_groups"]:
+        parts += [
+            f"reward {line['reward_mean']:.3f}",
+            f"signal {line['groups_with_signal_frac']:.0%}",
+            f"lag {line['staleness_mean']:.1f} (max {line['staleness_max']})",
+        ]
+    parts.append(f"μ {line['mu']:.3f}")
+    if line["num_expert_tokens"]:
+        parts.append(f"expert nll {line['expert_nll_mean']:.3f}")
+    parts += [
+        f"tokens/s sampled {line['actor_tokens_per_s']:.0f} trained {line['learner_tokens_per_s']:.0f}",
+        f"idle: learner {line['learner_wait_frac']:.0%} actors {line['actor_idle_frac']:.0%}",
+        f"{line['step_s']:.1f} s",
+    ]
+    return "  ".join(parts)
+
+
+def describe_evaluation(line: Line) -> str:
+    return (
+        f"held-out accuracy of version {line['step']}: {line['accuracy']:.3f} "
+        f"({line['num_correct']} of {line['num_problems']} {line['task']} problems, {line['wall_s']:.0f} s)"
+    )
+
+
+def describe_peer(peer: Line) -> str:
+    version = peer["serving_step"]
+    return f"{peer['peer_id']} ({peer['engine']}) {peer['state']}" + (f" version {version}" if version is not None else "")
+
+
+def describe_summary(summary: Line, *, task: str) -> str:
+    """What was learned, in a plain sentence or two."""
+    before, after = summary["eval_before"], summary["eval_after"]
+    actors = cast("dict[str, int]", summary["groups_by_actor"])
+    if before is None or after is None:
+        learned = "Held-out accuracy was not measured at both ends."
+    else:
+        verb = "rose" if after > before else "fell" if after < before else "stayed"
+        learned = f"Held-out accuracy on {task} {verb} from {before:.3f} to {after:.3f}."
+    flow = f"{summary['steps']} optimizer steps in {summary['wall_s'] / 60:.1f} minutes"
+    if actors:
+        flow += f", trained on {summary['trajectories_trained']} trajectories from {len(actors)} actors, at most "
+        flow += f"{summary['max_staleness_trained']} steps old"
+    return f"{learned} {flow}; lost {summary['lost']}, duplicates {summary['duplicates']}."
+
+
+def _read_json(path: Path) -> Line:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,88 @@
+"""The run directory: the fixed names in it, and the lock that keeps a second learner out."""
+
+import fcntl
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config.load import to_toml_document
+from common.config.schema import Config
+from common.errors import OperatorError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths in a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def status(self) -> Path:
+        """What the learner does now, written anew twice a second; for live views."""
+        return self.path / "status.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.sqlite"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def weights(self, component: str) -> Path:
+        """Snapshots of one component; none outlives its process for long."""
+        return self.path / "weights" / component
+
+    def create(self) -> None:
+        """Raises OperatorError where the disk refuses."""
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OperatorError(f"run.dir: {self.path}: {error.strerror}, expected a folder that can be written") from error
+
+    def save_config(self, config: Config) -> None:
+        self.config.write_text(to_toml_document(config))
+
+    def lock(self) -> int:
+        """Keep every other learner out until this process ends. Raises OperatorError where one is in."""
+        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OperatorError(f"run.dir: {self.path} is in use by another learner, expected a folder of its own") from None
+        return descriptor
+
+    def clear(self) -> None:
+        """Delete an earlier run. Raises OperatorError where the folder holds anything but a run."""
+        if not self.path.exists():
+            return
+        if any(self.path.iterdir()) and not (self.config.exists() or self.ledger.exists() or self.logs.exists()):
+            raise OperatorError(f"run.dir: {self.path} holds something else than a run, expected an earlier run or nothing")
+        os.close(self.lock())
+        shutil.rmtree(self.path)

@@ -1,0 +1,173 @@
+"""Fetches a version: chunks by credit, each checked as it arrives, resumable after any break of the connection."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from common.errors import WaitTimeout
+from common.version import Version
+from common.weights.snapshot import HASH_BYTES, Manifest, Snapshot, hash_chunk, hash_of_chunks
+from common.wire.codec import Buffer, Envelope, WireError, decode, encode
+from common.wire.messages import Chunk, ChunkRequest, ManifestReply, ManifestRequest, Message
+from common.wire.sockets import SocketLimits, open_socket
+
+POLL_MS = 100
+
+
+class VersionGone(Exception):
+    """The learner no longer keeps this version; ask for the newest."""
+
+
+class FetchCancelled(Exception):
+    """The caller no longer wants the version."""
+
+
+@dataclass
+class Progress:
+    """What of a version is on disk; survives a failed attempt, so that the next one goes on from there."""
+
+    manifest: Manifest
+    path: Path
+    missing: list[int]
+    """Chunks still to come, the next one last."""
+
+
+class WeightClient:
+    """Consumes the weight server's replies; waits for the learner, `timeout_s` at most without any progress. One thread."""
+
+    def __init__(
+        self, context: "zmq.Context[Any]", address: str, folder: Path, *, limits: SocketLimits, credit: int, timeout_s: float,
+        retry_s: float,
+    ) -> None:  # fmt: skip
+        self._socket = open_socket(context, zmq.DEALER, limits)
+        self._socket.connect(address)
+        self._folder = folder
+        self._credit = credit
+        self._timeout_s = timeout_s
+        self._retry_s = retry_s
+        self._max_bytes = limits.max_frame_bytes
+        self._progress: Progress | None = None
+        self.received_bytes = 0
+
+    def fetch(self, version: Version, is_wanted: Callable[[], bool] = lambda: True) -> Snapshot:
+        """The complete, verified snapshot of `version`. Raises WaitTimeout, VersionGone or FetchCancelled."""
+        progress = self._progress
+        if progress is None or progress.manifest.version.hash != version.hash:
+            self._discard()
+            progress = self._begin(self._fetch_manifest(version, is_wanted))
+            self._progress = progress
+        self._fetch_chunks(progress, is_wanted)
+        self._progress = None
+        path = self._folder / f"{version.step:08d}-{version.hash[:12]}.safetensors"
+        os.replace(progress.path, path)
+        return Snapshot(path, Manifest(version, progress.manifest.num_bytes, progress.manifest.chunk_bytes, progress.manifest.chunk_hashes))
+
+    def close(self) -> None:
+        self._discard()
+        self._socket.close()
+
+    def _discard(self) -> None:
+        if self._progress:
+            self._progress.path.unlink(missing_ok=True)
+            self._progress = None
+
+    def _begin(self, manifest: Manifest) -> Progress:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{manifest.version.hash[:12]}.partial"
+        with path.open("wb") as file:
+            file.truncate(manifest.num_bytes)
+        return Progress(manifest, path, list(reversed(range(manifest.num_chunks))))
+
+    def _fetch_manifest(self, version: Version, is_wanted: Callable[[], bool]) -> Manifest:
+        phase = f"the manifest of {version}"
+        started = asked = time.monotonic()
+        self._send(ManifestRequest(version=version))
+        while True:
+            envelope = self._receive(is_wanted)
+            if envelope and isinstance(envelope.message, ManifestReply) and envelope.message.version.hash == version.hash:
+                return _read_manifest(envelope.message, envelope.frames)
+            self._check_time(started, phase)
+            if time.monotonic() - asked > self._retry_s:
+                self._send(ManifestRequest(version=version))
+                asked = time.monotonic()
+
+    def _fetch_chunks(self, progress: Progress, is_wanted: Callable[[], bool]) -> None:
+        manifest, outstanding = progress.manifest, dict[int, float]()
+        last_progress = time.monotonic()
+        with progress.path.open("r+b", buffering=0) as file:
+            while progress.missing or outstanding:
+                now = time.monotonic()
+                for index in [i for i, asked in outstanding.items() if now - asked > self._retry_s]:
+                    del outstanding[index]
+                    progress.missing.append(index)
+                while progress.missing and len(outstanding) < self._credit:
+                    index = progress.missing.pop()
+                    outstanding[index] = now
+                    self._send(ChunkRequest(version=manifest.version, index=index))
+                try:
+                    envelope = self._receive(is_wanted)
+                    index = self._store(envelope, manifest, outstanding, file.fileno()) if envelope else None
+                except (FetchCancelled, VersionGone):
+                    progress.missing += outstanding
+                    raise
+                if index is not None:
+                    del outstanding[index]
+                    last_progress = now
+                done = manifest.num_chunks - len(progress.missing) - len(outstanding)
+                try:
+                    self._check_time(last_progress, f"chunk {done + 1}/{manifest.num_chunks} of {manifest.version}")
+                except WaitTimeout:
+                    progress.missing += outstanding
+                    raise
+
+    def _store(self, envelope: Envelope, manifest: Manifest, outstanding: dict[int, float], descriptor: int) -> int | None:
+        """Write a wanted chunk whose hash is right; None for any other message (a late or broken one is asked for again)."""
+        message = envelope.message
+        if not isinstance(message, Chunk) or message.version.hash != manifest.version.hash or message.index not in outstanding:
+            return None
+        if not envelope.frames:
+            raise VersionGone(str(manifest.version))
+        data = envelope.frames[0]
+        offset, length = manifest.chunk_span(message.index)
+        if len(data) != length or hash_chunk(data) != manifest.chunk_hashes[message.index]:
+            return None
+        os.pwrite(descriptor, data, offset)
+        self.received_bytes += length
+        return message.index
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._socket.send_multipart(encode(message), flags=zmq.NOBLOCK)
+        except zmq.Again:
+            pass  # the queue to an unreachable learner is full; the request is sent again after `retry_s`
+
+    def _receive(self, is_wanted: Callable[[], bool]) -> Envelope | None:
+        if not is_wanted():
+            raise FetchCancelled
+        if not self._socket.poll(POLL_MS):
+            return None
+        try:
+            return decode(self._socket.recv_multipart(), max_bytes=self._max_bytes)
+        except WireError:
+            return None
+
+    def _check_time(self, since: float, phase: str) -> None:
+        waited = time.monotonic() - since
+        if waited > self._timeout_s:
+            raise WaitTimeout(f"waited {waited:.0f} s for {phase} from learner, expected it within {self._timeout_s:.0f} s")
+
+
+def _read_manifest(reply: ManifestReply, frames: "list[Buffer] | Any") -> Manifest:
+    if reply.num_bytes == 0 or not frames:
+        raise VersionGone(str(reply.version))
+    joined = bytes(frames[0])
+    hashes = tuple(joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES))
+    num_chunks = -(-reply.num_bytes // reply.chunk_bytes)
+    if len(hashes) != num_chunks or hash_of_chunks(hashes) != reply.version.hash:
+        raise VersionGone(f"{reply.version}: its manifest does not match its hash")
+    return Manifest(reply.version, reply.num_bytes, reply.chunk_bytes, hashes)

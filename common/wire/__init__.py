@@ -1,0 +1,1 @@
+"""What travels between processes: typed messages, their frames, the sockets, and groups of trajectories as arrays."""

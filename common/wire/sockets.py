@@ -1,0 +1,55 @@
+"""Sockets with every option set on purpose, and the one place where they are bound."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from common.errors import OperatorError
+
+MAX_QUEUED_MESSAGES = 1000
+"""High-water mark of a socket. It counts messages; bytes are bounded by leases (groups) and credit (chunks)."""
+
+
+@dataclass(frozen=True)
+class SocketLimits:
+    """The part of the network configuration that a socket needs."""
+
+    heartbeat_s: float
+    silence_s: float
+    max_frame_bytes: int
+
+
+def open_socket(context: "zmq.Context[Any]", kind: int, limits: SocketLimits) -> Any:
+    """A socket that notices a dead peer, bounds what it holds, and never delays the end of its process."""
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
+    socket.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
+    socket.setsockopt(zmq.MAXMSGSIZE, limits.max_frame_bytes)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, int(limits.heartbeat_s * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(limits.silence_s * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TTL, int(limits.silence_s * 1000))
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.IMMEDIATE, 0)
+    socket.setsockopt(zmq.BACKLOG, 512)
+    if kind == zmq.ROUTER:
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    return socket
+
+
+def bind(socket: "zmq.Socket[bytes]", host: str, port: int, purpose: str) -> int:
+    """Bind to `port` (0: a free one) and return it. Raises OperatorError where the port is taken."""
+    try:
+        if port == 0:
+            return int(socket.bind_to_random_port(f"tcp://{host}"))
+        socket.bind(f"tcp://{host}:{port}")
+    except zmq.ZMQError as error:
+        raise OperatorError(
+            f"network.port: cannot bind {host}:{port} for {purpose} ({error.strerror}), expected a free port of this machine"
+        ) from error
+    return port

@@ -1,0 +1,1 @@
+"""The learner's wing: from accepted trajectories to published weights."""

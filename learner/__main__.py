@@ -1,0 +1,57 @@
+"""`chord-learner`: trains, serves leases and weights, and keeps the ledger."""
+
+import os
+import sys
+
+import typer
+
+from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command, start_logging
+from common.config.schema import Config
+from common.errors import OperatorError
+
+app = new_command("The learner of a CHORD run: trains on what actors send and on expert rows, and broadcasts weights.")
+
+
+@app.command()
+def learner(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    check: CheckOption = False,
+    resume: bool = typer.Option(False, "--resume", help="Insist on a checkpoint to go on from (found ones are used anyway)."),
+) -> None:
+    """Run the learner until learner.num_steps optimizer steps are done."""
+    resolved = resolve_or_check(config, overrides, check=check).config
+    _check_paths(resolved, resume=resume)
+    if resolved.learner.num_ranks > 1 and "RANK" not in os.environ:
+        _start_ranks(resolved.learner.num_ranks)
+    start_logging("learner")
+    from learner.conductor import Conductor
+
+    conductor = Conductor(resolved)
+    try:
+        conductor.run()
+    finally:
+        conductor.close()
+
+
+def _check_paths(config: Config, *, resume: bool) -> None:
+    """What can be known to be wrong before anything heavy is imported."""
+    if not os.path.isfile(os.path.join(config.model.path, "config.json")):
+        raise OperatorError(f"model.path: got {config.model.path!r}, expected a Hugging Face folder with a config.json")
+    checkpoints = os.path.join(config.run.dir, "checkpoints")
+    if resume and not (os.path.isdir(checkpoints) and os.listdir(checkpoints)):
+        raise OperatorError(f"--resume: {checkpoints} holds no checkpoint, expected one")
+
+
+def _start_ranks(count: int) -> None:
+    """Become torchrun with `count` ranks of this same command."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "0"]
+    os.execv(sys.executable, [*launcher, "-m", "learner", *sys.argv[1:]])
+
+
+def main() -> None:
+    run_command("chord-learner", app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""`chord-expert`: fill, list, measure, verify and export the expert store."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from common.chat import ChatMessage
+from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command
+from common.config.schema import Config
+from common.errors import OperatorError
+from learner.expert.importing import BadRow, Response, Screen, read_jsonl, read_reasoning_gym
+from learner.expert.store import ExpertRow, ExpertStore, NewRow, store_path
+
+PROGRESS_EVERY_S = 2.0
+WRONG = 1
+"""Exit code of `verify` where anything is wrong."""
+_OVERRIDE = re.compile(r"\w+\.[\w.]+=")
+"""What tells an override from a file; a file of such a name is given as ./NAME."""
+
+app = new_command("Keep the expert rows of a run: the store at expert.path, or RUN_DIR/expert.sqlite.")
+import_app = new_command("Add expert rows to the store; rows that it holds already are counted and left out.")
+app.add_typer(import_app, name="import")
+
+FilesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="FILE... [SECTION.KEY=VALUE]...",
+        help="JSON lines with messages, or with prompt and response; then values that go before the file's.",
+    ),
+]
+SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out instead of stopping at them.")]
+
+
+@import_app.command("jsonl")
+def import_jsonl(
+    arguments: FilesArgument = None,
+    config: ConfigOption = None,
+    check: CheckOption = False,
+    skip_bad_rows: SkipOption = False,
+    system_prompt: Annotated[str, typer.Option(help="Goes before each prompt; messages are left as they are.")] = "",
+) -> None:
+    """Import files of JSON lines."""
+    paths = [Path(argument) for argument in arguments or () if not _OVERRIDE.match(argument)]
+    overrides = [argument for argument in arguments or () if _OVERRIDE.match(argument)]
+    resolved = resolve_or_check(config, overrides, check=check)
+    if not paths:
+        raise OperatorError("FILE: got none, expected at least one file of JSON lines")
+    for path in paths:
+        if not path.exists():
+            raise OperatorError(f"{path}: got no such file, expected a file of JSON lines")
+    _import(resolved.config, read_jsonl(paths, system_prompt=system_prompt), skip_bad_rows=skip_bad_rows)
+
+
+@import_app.command("reasoning_gym")
+def import_reasoning_gym(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    check: CheckOption = False,
+    num_rows: Annotated[int, typer.Option(min=1, help="Distinct training questions to take.")] = 1000,
+    response: Annotated[Response, typer.Option(help="The family's answer or its worked solution.")] = Response.ANSWER,
+    skip_bad_rows: SkipOption = False,
+) -> None:
+    """Import solved training problems of the run's environment; it shares no question with held-out ones."""
+    resolved = resolve_or_check(config, overrides, check=check)
+    rows = read_reasoning_gym(resolved.config, num_rows=num_rows, response=response)
+    _import(resolved.config, rows, skip_bad_rows=skip_bad_rows, num_asked=num_rows)
+
+
+@app.command("list")
+def list_rows(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    check: CheckOption = False,
+    limit: Annotated[int, typer.Option(min=1, help="Rows at most.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, messages in full.")] = False,
+) -> None:
+    """Show rows in the order of their import."""
+    with closing(_open(config, overrides, check=check)) as store:
+        uses = store.use_counts()
+        for row in store.rows(limit=limit):
+            print(_as_json(row, uses[row.row_id]) if as_json else _as_text(row, uses[row.row_id]))
+        if not as_json and len(uses) > limit:
+            print(f"… {len(uses) - limit:,} more of {len(uses):,} rows")
+
+
+@app.command()
+def stats(overrides: OverridesArgument = None, config: ConfigOption = None, check: CheckOption = False) -> None:
+    """Show how many rows there are, from where, how long, and how often they were used."""
+    with closing(_open(config, overrides, check=check)) as store:
+        numbers, fingerprint = store.stats(), store.fingerprint()
+    print(f"rows         {numbers.num_rows:,}")
+    for source, num_rows in numbers.rows_per_source.items():
+        print(f"  {num_rows:>10,} from {source}")
+    print(f"characters   {numbers.total_chars:,} in all, {numbers.mean_chars:,.1f} per row")
+    print(f"uses         min {numbers.min_uses:,}, mean {numbers.mean_uses:,.2f}, max {numbers.max_uses:,} per row")
+    print(f"never used   {numbers.num_never_used:,}")
+    print(f"fingerprint  {fingerprint}")
+
+
+@app.command()
+def verify(overrides: OverridesArgument = None, config: ConfigOption = None, check: CheckOption = False) -> None:
+    """Check the file and the content of every row; exit code 1 where anything is wrong."""
+    with closing(_open(config, overrides, check=check)) as store:
+        is_wrong = False
+        for line in store.verify():
+            print(line)
+            is_wrong = True
+        if is_wrong:
+            raise typer.Exit(WRONG)
+        print(f"{store.path}: {len(store.row_ids()):,} rows, nothing wrong")
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Replaced where it exists.")],
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    check: CheckOption = False,
+) -> None:
+    """Write all rows as JSON lines that `import jsonl` reads back."""
+    with closing(_open(config, overrides, check=check)) as store:
+        rows = ({"messages": _messages(row), "source": row.source} for row in store.rows())
+        num_rows = _write_lines(file, (json.dumps(row, ensure_ascii=False) for row in rows))
+    print(f"exported {num_rows:,} rows to {file}")
+
+
+def _open(config: Path | None, overrides: list[str] | None, *, check: bool) -> ExpertStore:
+    return ExpertStore(store_path(resolve_or_check(config, overrides, check=check).config))
+
+
+def _import(
+    config: Config, rows: Iterable[NewRow | BadRow], *, skip_bad_rows: bool, num_asked: int | None = None
+) -> None:
+    """Add `rows` to the run's store and say what became of them, and whether they are fewer than `num_asked`."""
+    screen = Screen(skip_bad_rows=skip_bad_rows)
+    with closing(ExpertStore(store_path(config), create=True)) as store:
+        counts = store.add(screen.good(_with_progress(rows)))
+    for line in screen.listed:
+        print(f"skipped {line}", file=sys.stderr)
+    num_found = counts.num_added + counts.num_duplicates + screen.num_bad
+    if num_asked is not None and num_found < num_asked:
+        print(f"asked for {num_asked:,} rows, found only {num_found:,} distinct training questions")
+    ending = f"({counts.num_duplicates:,} duplicates, {screen.num_bad:,} bad rows skipped)"
+    print(f"imported {counts.num_added:,} rows into {store.path} {ending}")
+
+
+def _with_progress(rows: Iterable[NewRow | BadRow]) -> Iterator[NewRow | BadRow]:
+    """Says on stderr how far a long import has come."""
+    said_at = time.monotonic()
+    for num_read, row in enumerate(rows, start=1):
+        if time.monotonic() - said_at >= PROGRESS_EVERY_S:
+            said_at = time.monotonic()
+            print(f"{num_read:,} rows read", file=sys.stderr, flush=True)
+        yield row
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> int:
+    """Write a file whole or not at all; the number of lines. Raises OperatorError where it cannot be written."""
+    partial = path.parent / f".{path.name}.partial"
+    num_lines = 0
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for num_lines, line in enumerate(lines, start=1):  # noqa: B007
+                file.write(line + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise OperatorError(f"{path}: cannot be written ({error.strerror}), expected room for the rows") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    return num_lines
+
+
+def _messages(row: ExpertRow) -> list[dict[str, str]]:
+    return [message.model_dump() for message in row.messages]
+
+
+def _as_json(row: ExpertRow, num_uses: int) -> str:
+    values = {"row_id": row.row_id, "source": row.source, "num_uses": num_uses, "messages": _messages(row)}
+    return json.dumps(values, ensure_ascii=False)
+
+
+def _as_text(row: ExpertRow, num_uses: int) -> str:
+    question = next(message for message in row.messages if message.role == "user")
+    return f"{row.row_id:>6}  {num_uses:>4} uses  {row.source}  {_short(question)} → {_short(row.messages[-1])}"
+
+
+def _short(message: ChatMessage) -> str:
+    text = " ".join(message.content.split())
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def main() -> NoReturn:
+    run_command("chord-expert", app)
+
+
+if __name__ == "__main__":
+    main()

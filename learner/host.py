@@ -1,0 +1,161 @@
+"""Rank 0's house: ledger, inbox, publisher, recorder and source, opened together and closed together."""
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from common.chat import Chat
+from common.config.schema import Config
+from common.errors import OperatorError
+from common.metrics import serve_metrics
+from common.run_dir import RunDir
+from common.weights.server import WeightServer
+from common.wire.sockets import SocketLimits, bind, open_socket
+from learner.expert.store import ExpertStore, store_path
+from learner.inbox import Door, Inbox, LeaseTerms
+from learner.ledger.ledger import Ledger
+from learner.publisher import Publisher
+from learner.recorder import Recorder
+from learner.source import Source, Stopped
+from learner.status import StatusBoard
+
+log = logging.getLogger(__name__)
+
+FAREWELL_S = 15.0
+"""Longest wait at the end for peers to leave."""
+
+
+class Host:
+    """Everything that only rank 0 has. Ports are bound before a model is loaded, so that a busy one is told at once."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.run_dir = RunDir(Path(config.run.dir))
+        self.run_dir.create()
+        self._lock = self.run_dir.lock()
+        self.is_stopping = threading.Event()
+        self.phase = "starting"
+        self.step = 0
+        chat = Chat(Path(config.model.path))
+        experts = self._open_experts()
+        self.ledger = Ledger(
+            self.run_dir.ledger, groups_per_step=config.learner.groups_per_step, max_staleness=config.algorithm.max_staleness
+        )
+        self._check_agreement(experts)
+        self.recorder = Recorder(self.run_dir.path, self.ledger)
+        self._open_network(chat)
+        self.source = Source(
+            config, self.ledger, experts, chat, describe_peers=self.inbox.peers.describe, check=self.check_for_end
+        )
+        self._board = StatusBoard(self.run_dir.status, self._status)
+        self.run_dir.save_config(config)
+
+    def _open_experts(self) -> ExpertStore | None:
+        if not self._config.algorithm.trains_on_experts:
+            return None
+        path = store_path(self._config)
+        store = ExpertStore(path)
+        if not store.row_ids():
+            raise OperatorError(f"expert.path: {path} holds no rows, expected at least one (see chord-expert import)")
+        return store
+
+    def _check_agreement(self, experts: ExpertStore | None) -> None:
+        """A resumed run must go on with what it began with."""
+        hashes = {"configuration": self._config.agreement_hash, "expert store": experts.fingerprint() if experts else "none"}
+        for name, found in hashes.items():
+            if (begun := self.ledger.fact(name, found)) != found:
+                raise OperatorError(
+                    f"{self.run_dir.path}: the run began with {name} {begun}, got {found}: expected the same, or a new run.dir"
+                )
+
+    def _open_network(self, chat: Chat) -> None:
+        config, network = self._config, self._config.network
+        limits = SocketLimits(network.heartbeat_s, network.silence_s, network.max_message_bytes)
+        context = zmq.Context.instance()
+        socket = open_socket(context, zmq.ROUTER, limits)
+        self.port = bind(socket, network.host, network.port, "actors")
+        self.server = WeightServer(context, host=network.host, port=0, limits=limits)
+        self.publisher = Publisher(
+            self.run_dir.weights("learner"), self.server, self.ledger, self.recorder, every_steps=config.eval.every_steps,
+            last_step=config.learner.num_steps, chunk_bytes=network.chunk_bytes,
+        )  # fmt: skip
+        door = Door(config.agreement_hash, self.server.port, self.server.announcements_port, network.max_message_bytes)
+        terms = LeaseTerms(
+            config.algorithm.group_size, config.sampling.temperature, config.sampling.max_tokens, config.run.seed, network.lease_s
+        )
+        self.inbox = Inbox(
+            socket, self.ledger, door=door, terms=terms, vocab_size=chat.vocab_size, newest=lambda: self.publisher.newest,
+            evaluation=self.publisher.evaluation, on_evaluation=self.publisher.finish_evaluation,
+        )  # fmt: skip
+        registry = self.recorder.prometheus.registry
+        learner = config.learner
+        port = serve_metrics(registry, host=learner.metrics_host, port=learner.metrics_port, key="learner.metrics_port")
+        log.info("actors: tcp://%s:%d, metrics: http://%s:%d/metrics", network.host, self.port, learner.metrics_host, port)
+        self._is_open = False
+
+    def open_for_work(self) -> None:
+        """Let actors in; called when every committed batch has been replayed."""
+        if not self._is_open:
+            self._is_open = True
+            self.inbox.start()
+
+    def check_for_end(self) -> None:
+        """Raises what must end a wait: a failed ledger, or the wish to stop."""
+        if self.inbox.failure:
+            raise self.inbox.failure
+        if self.is_stopping.is_set():
+            raise Stopped
+
+    def wait_for_evaluations(self) -> None:
+        """Wait until no evaluation is owed, within the configured limit."""
+        self.open_for_work()
+        started = time.monotonic()
+        while owed := self.publisher.owed_steps:
+            self.source.waiting_for = f"evaluations of versions {owed}"
+            self.check_for_end()
+            if time.monotonic() - started > self._config.learner.eval_timeout_s:
+                log.error(
+                    "waited %.0f s for evaluations of versions %s from evaluators (%s): gave up", time.monotonic() - started,
+                    owed, self.inbox.peers.describe(),
+                )  # fmt: skip
+                break
+            with self.ledger.changed:
+                self.ledger.changed.wait(timeout=0.2)
+        self.source.waiting_for = ""
+
+    def say_farewell(self) -> None:
+        """Tell every peer that the run is over, and wait for them to leave."""
+        self.inbox.is_run_finished = True
+        deadline = time.monotonic() + FAREWELL_S
+        while self._is_open and self.inbox.peers.all() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        self._board.close()
+        if self._is_open:
+            self.inbox.close()
+        self.server.close()
+        self.ledger.close()
+
+    def _status(self) -> dict[str, Any]:
+        counts = self.ledger.counts() if self.phase != "ended" else None
+        return {
+            "phase": self.phase,
+            "step": self.step,
+            "num_steps": self._config.learner.num_steps,
+            "waiting_for": self.source.waiting_for,
+            "port": self.port,
+            "groups": vars(counts) if counts else {},
+            "evaluations_owed": self.publisher.owed_steps,
+            "peers": [
+                {
+                    "peer_id": peer.peer_id, "role": peer.role, "engine": peer.engine, "state": peer.state,
+                    "serving_step": peer.serving_step, "sampled_tokens": peer.sampled_tokens, "silence_s": peer.silence_s,
+                }
+                for peer in self.inbox.peers.all()
+            ],
+        }  # fmt: skip

@@ -1,0 +1,54 @@
+"""The learner's Prometheus metrics; their values come from the step record and the inbox."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+GAUGES = {
+    "step": ("chord_learner_step", "Optimizer steps completed."),
+    "mu": ("chord_mu_ratio", "Weight of the expert half of the loss."),
+    "lr": ("chord_learning_rate", "Learning rate of the last step."),
+    "loss": ("chord_loss", "CHORD loss of the last step."),
+    "policy_loss": ("chord_policy_loss", "Policy half of the loss."),
+    "expert_loss": ("chord_expert_loss", "Expert half of the loss."),
+    "grad_norm": ("chord_gradient_norm", "Global gradient norm before clipping."),
+    "policy_entropy": ("chord_policy_entropy_nats", "Mean entropy on policy tokens."),
+    "policy_mismatch_kl": ("chord_policy_mismatch_kl_nats", "k3 estimate of KL(behaviour, policy)."),
+    "policy_ess_frac": ("chord_policy_effective_sample_ratio", "Effective sample size over policy tokens."),
+    "expert_phi_mean": ("chord_expert_phi_mean", "Mean token weight of the expert loss."),
+    "reward_mean": ("chord_reward_mean", "Mean reward of the trained trajectories."),
+    "groups_with_signal_frac": ("chord_groups_with_signal_ratio", "Share of groups whose rewards differ."),
+    "staleness_max": ("chord_staleness_steps_max", "Largest staleness in the last batch."),
+    "actor_tokens_per_s": ("chord_actor_tokens_per_second", "Tokens that all actors sampled per second."),
+    "learner_tokens_per_s": ("chord_learner_tokens_per_second", "Loss-bearing tokens trained per second of training."),
+}
+"""Field of the step record → name and help."""
+
+
+class LearnerMetrics:
+    """One registry; `observe` is called after every step."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._gauges = {field: Gauge(name, text, registry=self.registry) for field, (name, text) in GAUGES.items()}
+        self._groups = Counter("chord_groups_trained_total", "Groups trained.", registry=self.registry)
+        self._tokens = Counter("chord_tokens_trained_total", "Loss-bearing tokens trained.", ["component"], registry=self.registry)
+        self._seconds = Counter("chord_learner_phase_seconds_total", "Time of the train loop.", ["phase"], registry=self.registry)
+        self._staleness = Histogram(
+            "chord_staleness_steps", "Staleness of trained groups.", buckets=(0, 1, 2, 4, 8, 16), registry=self.registry
+        )
+
+    def observe(self, record: Mapping[str, Any]) -> None:
+        """Take over one step record (a line of metrics.jsonl)."""
+        for field, gauge in self._gauges.items():
+            if record.get(field) is not None:
+                gauge.set(record[field])
+        self._groups.inc(record["num_groups"])
+        self._tokens.labels("policy").inc(record["num_policy_tokens"])
+        self._tokens.labels("expert").inc(record["num_expert_tokens"])
+        for phase in ("wait", "train", "publish"):
+            self._seconds.labels(phase).inc(record[f"{phase}_s"])
+        for staleness, count in record["staleness_histogram"].items():
+            for _ in range(count):
+                self._staleness.observe(float(staleness))

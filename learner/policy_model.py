@@ -1,0 +1,120 @@
+"""The policy as the objective sees it: log-probs and entropies of loss-bearing tokens, and of nothing else.
+
+Vocabulary logits exist for `head_chunk_tokens` positions at a time; they are computed again in the backward pass.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common.errors import OperatorError
+from learner.batch import TrainBatch, build_batch
+from learner.rows import Branch, Row
+
+CHECK_TOLERANCE = 1e-3
+"""Largest difference of a log-prob between this path and the model's own logits, float32."""
+
+
+class PolicyModel(nn.Module):
+    """A causal language model whose forward pass takes a TrainBatch."""
+
+    def __init__(self, lm: nn.Module, *, head_chunk_tokens: int) -> None:
+        super().__init__()
+        self.lm: Any = lm
+        self._head_chunk_tokens = head_chunk_tokens
+        self.compute_dtype = torch.float32
+        """bfloat16 runs the decoder's matrix products in it (autocast); the head stays in the parameters' precision."""
+
+    def forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        """([B, T] log-probs with gradient, [B, T] entropies without), float32; 0 where the mask is 0."""
+        hidden = self._decode(batch).flatten(0, 1)
+        wanted = batch.mask.flatten().nonzero().squeeze(1)
+        if wanted.numel() == 0:
+            wanted = torch.zeros(1, dtype=torch.int64, device=hidden.device)  # every rank must run head and backward
+        temperatures = batch.temperatures[:, None].expand_as(batch.mask).flatten()[wanted]
+        logprobs, entropies = self._score(hidden[batch.sources.flatten()[wanted]], batch.targets.flatten()[wanted], temperatures)
+        empty = torch.zeros(batch.mask.numel(), dtype=torch.float32, device=hidden.device)
+        shape = batch.mask.shape
+        return empty.index_put((wanted,), logprobs).view(shape), empty.index_put((wanted,), entropies).view(shape)
+
+    def _decode(self, batch: TrainBatch) -> Tensor:
+        """[R, L, H] hidden states."""
+        decoder = getattr(self.lm, self.lm.base_model_prefix)
+        uses_autocast = self.compute_dtype == torch.bfloat16
+        with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16, enabled=uses_autocast):
+            return decoder(
+                input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.attention_mask(), use_cache=False
+            ).last_hidden_state.to(next(self.parameters()).dtype)
+
+    def _score(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, H] hidden states to ([N] log-probs, [N] entropies), a chunk at a time."""
+        size = self._head_chunk_tokens
+        chunks = [
+            checkpoint(self._score_chunk, *chunk, use_reentrant=False)
+            for chunk in zip(hidden.split(size), targets.split(size), temperatures.split(size), strict=True)
+        ]
+        logprobs, entropies = zip(*chunks, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def _score_chunk(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.lm.get_output_embeddings()(hidden).float() / temperatures[:, None]
+        logprobs = logits.log_softmax(dim=-1)
+        with torch.no_grad():
+            entropies = -(logprobs.exp() * logprobs).sum(dim=-1)
+        return logprobs.gather(1, targets[:, None]).squeeze(1), entropies
+
+
+def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` takes bfloat16 where the hardware has units for it: GPUs, and CPUs with AMX."""
+    if name == "auto":
+        has_units = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
+        return torch.bfloat16 if has_units else torch.float32
+    return getattr(torch, name)
+
+
+def load_policy_model(path: Path, *, dtype: torch.dtype, head_chunk_tokens: int) -> PolicyModel:
+    """The policy of a Hugging Face folder. Raises OperatorError where the folder or the architecture will not do."""
+    from transformers import AutoModelForCausalLM
+
+    if not (path / "config.json").is_file():
+        raise OperatorError(f"model.path: got {str(path)!r}, expected a Hugging Face folder with a config.json")
+    try:
+        lm: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise OperatorError(f"model.path: {path}: {str(error).splitlines()[0]}") from error
+    model = PolicyModel(lm, head_chunk_tokens=head_chunk_tokens).train()
+    check_architecture(model)
+    return model
+
+
+@torch.no_grad()
+def check_architecture(model: PolicyModel) -> None:
+    """Compare shared prompts and the chunked head with the model's own logits, once, on a few tokens.
+
+    An architecture that scales its logits or narrows its attention in a way that this path does not know is refused here, rather
+    than trained wrongly.
+    """
+    prompt, answers = [3, 1, 4, 1, 5], ([9, 2, 6], [5, 3])
+    branches = tuple(_plain_branch(answer) for answer in answers)
+    row = Row(torch.tensor(prompt, dtype=torch.int32).numpy(), branches)
+    ours, _ = model(build_batch([row]))
+    for b, answer in enumerate(answers):
+        logits = model.lm(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0].float()
+        expected = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + len(answer) - 1), answer]
+        difference = (ours[b, : len(answer)] - expected).abs().max().item()
+        limit = CHECK_TOLERANCE if logits.dtype == next(model.parameters()).dtype else 0.1
+        if difference > limit:
+            raise OperatorError(
+                f"model.path: {type(model.lm).__name__} differs by {difference:.2g} from its own log-probs when prompts are shared, "
+                "expected a decoder with plain causal attention and a linear head"
+            )
+
+
+def _plain_branch(tokens: list[int]) -> Branch:
+    ones = torch.ones(len(tokens)).numpy()
+    return Branch(torch.tensor(tokens, dtype=torch.int32).numpy(), ones, -ones, 1.0, 1.0, is_expert=False)

@@ -1,0 +1,100 @@
+"""The publisher: turns the policy into a version, offers it to the actors, and keeps the versions that evaluations still need.
+
+Consumes tensors; waits for nobody; produces announcements. An evaluation that is owed pins its version until its result is in.
+"""
+
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from common.version import Version
+from common.weights.server import WeightServer
+from common.weights.snapshot import Snapshot, write_snapshot
+from common.wire.messages import EvaluationResult, Outcome
+from learner.ledger.ledger import Ledger
+from learner.recorder import Recorder
+
+log = logging.getLogger(__name__)
+
+MAX_OWED = 3
+"""Evaluations that may be owed at a time; further ones are left out, so that a slow evaluator does not fill the disk."""
+
+
+class Publisher:
+    """Owns the folder of snapshots."""
+
+    def __init__(
+        self, folder: Path, server: WeightServer, ledger: Ledger, recorder: Recorder, *, every_steps: int, last_step: int,
+        chunk_bytes: int,
+    ) -> None:  # fmt: skip
+        self._folder = folder
+        self._server = server
+        self._ledger = ledger
+        self._recorder = recorder
+        self._every_steps = every_steps
+        self._last_step = last_step
+        self._chunk_bytes = chunk_bytes
+        self._owed: dict[int, Version] = {}
+        self._lock = threading.Lock()
+        for leftover in folder.glob("*.safetensors"):
+            leftover.unlink()
+
+    def publish(self, tensors: Mapping[str, Tensor], step: int) -> Snapshot:
+        """Write, announce and offer version `step`."""
+        path = self._folder / f"{step:08d}.safetensors"
+        snapshot = write_snapshot(
+            tensors, path, run_id=self._ledger.run_id, incarnation=self._ledger.incarnation, step=step,
+            chunk_bytes=self._chunk_bytes,
+        )  # fmt: skip
+        is_owed = self._is_due(step) and self._ledger.owe_evaluation(step)
+        if is_owed:
+            with self._lock:
+                self._owed[step] = snapshot.version
+        self._server.publish(snapshot, pin=is_owed)
+        return snapshot
+
+    @property
+    def newest(self) -> Version | None:
+        return self._server.newest
+
+    def evaluation(self) -> Version | None:
+        """The oldest version whose evaluation is owed."""
+        with self._lock:
+            return self._owed[min(self._owed)] if self._owed else None
+
+    @property
+    def owed_steps(self) -> list[int]:
+        with self._lock:
+            return sorted(self._owed)
+
+    def finish_evaluation(self, result: EvaluationResult) -> Outcome:
+        """Journal a result, once, and let its version go."""
+        line = {
+            "step": result.version.step, "task": result.task, "num_problems": result.num_problems,
+            "num_correct": result.num_correct, "accuracy": result.num_correct / result.num_problems,
+            "mean_score": result.mean_score, "mean_answer_tokens": result.mean_answer_tokens, "wall_s": result.wall_s,
+            "version_hash": result.version.hash,
+        }  # fmt: skip
+        outcome = self._ledger.finish_evaluation(result.version.step, line)
+        if outcome is Outcome.COMMITTED:
+            self._recorder.add_evaluation(line)
+        with self._lock:
+            version = self._owed.pop(result.version.step, None)
+        if version:
+            self._server.unpin(version)
+        return outcome
+
+    def _is_due(self, step: int) -> bool:
+        if self._every_steps == 0:
+            return False
+        if step in (0, self._last_step):
+            return True
+        if step % self._every_steps:
+            return False
+        if len(self.owed_steps) >= MAX_OWED:
+            log.warning("version %d is not evaluated: the evaluator is %d evaluations behind", step, MAX_OWED)
+            return False
+        return True

@@ -1,0 +1,83 @@
+"""The learner's ranks: one process each. Rank 0 hosts ledger, inbox and publisher, and deals the others their share."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import timedelta
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+from learner.batch import TrainBatch
+
+CONTROL_TIMEOUT_S = 1800.0
+"""Longest wait of a rank for another one; covers the longest step and rank 0's wait for groups."""
+
+
+class Ranks:
+    """The process group of the learner, and a gloo group beside it for control (NCCL cannot carry host memory)."""
+
+    def __init__(self, device: torch.device) -> None:
+        os.environ.setdefault("RANK", "0")
+        os.environ.setdefault("WORLD_SIZE", "1")
+        os.environ.setdefault("LOCAL_RANK", "0")
+        timeout = timedelta(seconds=CONTROL_TIMEOUT_S)
+        if not dist.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            if os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            else:
+                dist.init_process_group(backend, timeout=timeout)
+        self.rank = dist.get_rank()
+        self.count = dist.get_world_size()
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def add_up(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over all ranks, float64."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._control)
+        return total.tolist()
+
+    def share_number(self, number: int | None) -> int:
+        """Rank 0's number, on every rank."""
+        shared = torch.tensor([number or 0], dtype=torch.int64)
+        dist.broadcast(shared, src=0, group=self._control)
+        return int(shared)
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._control)
+
+    def deal_batches(self, shares: Sequence[Sequence[TrainBatch]] | None) -> list[TrainBatch]:
+        """Rank r gets `shares[r]`; only rank 0 passes them. Tensors travel as safetensors bytes."""
+        if self.is_first:
+            assert shares is not None
+            for rank in range(1, self.count):
+                data = torch.frombuffer(bytearray(_to_bytes(shares[rank])), dtype=torch.uint8)
+                dist.send(torch.tensor([len(data)], dtype=torch.int64), dst=rank, group=self._control)
+                dist.send(data, dst=rank, group=self._control)
+            return list(shares[0])
+        size = torch.zeros(1, dtype=torch.int64)
+        dist.recv(size, src=0, group=self._control)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(data, src=0, group=self._control)
+        return _from_bytes(data.numpy().tobytes())
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _to_bytes(batches: Sequence[TrainBatch]) -> bytes:
+    named = {f"{i}.{field.name}": getattr(b, field.name) for i, b in enumerate(batches) for field in fields(b)}
+    return safetensors.torch.save(named)
+
+
+def _from_bytes(data: bytes) -> list[TrainBatch]:
+    named = safetensors.torch.load(data)
+    count = 1 + max(int(name.partition(".")[0]) for name in named)
+    return [TrainBatch(**{field.name: named[f"{i}.{field.name}"] for field in fields(TrainBatch)}) for i in range(count)]

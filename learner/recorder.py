@@ -1,0 +1,121 @@
+"""The recorder: metrics.jsonl, eval.jsonl and summary.json of a run. No step and no evaluation ever appears twice."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.trajectory import TrajectoryGroup
+from learner.ledger.ledger import Ledger
+from learner.metrics import LearnerMetrics
+
+
+def describe_groups(groups: Sequence[TrajectoryGroup], *, step: int, actor_ids: Sequence[str]) -> dict[str, Any]:
+    """The part of a step record that tells of its groups; None where the step had none."""
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    with_signal = sum(len({t.reward for t in group.trajectories}) > 1 for group in groups)
+    lags = [step - group.min_version for group in groups]
+    return {
+        "num_groups": len(groups),
+        "num_trajectories": len(trajectories),
+        "num_groups_with_signal": with_signal,
+        "groups_with_signal_frac": with_signal / len(groups) if groups else None,
+        "reward_mean": _mean([t.reward for t in trajectories]),
+        "trained_answer_tokens_mean": _mean([t.num_answer_tokens for t in trajectories]),
+        "truncated_frac": _mean([float(t.is_truncated) for t in trajectories]),
+        "staleness_mean": _mean(lags),
+        "staleness_max": max(lags, default=None),
+        "staleness_histogram": {str(lag): count for lag, count in sorted(Counter(lags).items())},
+        "groups_by_actor": dict(sorted(Counter(actor_ids).items())),
+    }
+
+
+class Recorder:
+    """Writes what a run leaves to be read."""
+
+    def __init__(self, run_dir: Path, ledger: Ledger) -> None:
+        self._run_dir = run_dir
+        self._ledger = ledger
+        self._metrics_path = run_dir / "metrics.jsonl"
+        self._eval_path = run_dir / "eval.jsonl"
+        self.prometheus = LearnerMetrics()
+        self._started = time.monotonic()
+        self._earlier_s = 0.0
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines after `step` optimizer steps, which are about to be replayed; write eval.jsonl anew from the ledger."""
+        kept = [line for line in _read_lines(self._metrics_path) if line["step"] <= step]
+        self._earlier_s = kept[-1]["run_wall_s"] if kept else 0.0
+        _write_lines(self._metrics_path, kept)
+        _write_lines(self._eval_path, self._ledger.evaluation_results())
+
+    def add_step(self, record: dict[str, Any]) -> None:
+        """Append the record of one optimizer step; `step` counts completed steps."""
+        line = {**record, "time": time.time(), "run_wall_s": self.run_wall_s}
+        _append_line(self._metrics_path, line)
+        self.prometheus.observe(line)
+
+    def add_evaluation(self, line: Mapping[str, Any]) -> None:
+        _append_line(self._eval_path, line)
+
+    @property
+    def run_wall_s(self) -> float:
+        """Time that the run has taken, over all starts of its learner."""
+        return self._earlier_s + time.monotonic() - self._started
+
+    def write_summary(self, *, num_steps: int) -> dict[str, Any]:
+        """summary.json, from the ledger and the lines above."""
+        lines = _read_lines(self._metrics_path)
+        evaluations = {line["step"]: line["accuracy"] for line in self._ledger.evaluation_results()}
+        num_groups = sum(line["num_groups"] for line in lines)
+        counts = self._ledger.counts()
+        summary = {
+            "run_id": self._ledger.run_id,
+            "steps": lines[-1]["step"] if lines else 0,
+            "num_steps": num_steps,
+            "eval_before": evaluations.get(0),
+            "eval_after": evaluations.get(num_steps),
+            "trajectories_trained": self._ledger.num_trained_trajectories(),
+            "groups_trained": counts.trained,
+            "groups_dropped": counts.dropped,
+            "groups_with_signal_frac": sum(line["num_groups_with_signal"] for line in lines) / num_groups if num_groups else None,
+            "groups_by_actor": dict(sum((Counter(line["groups_by_actor"]) for line in lines), Counter[str]())),
+            "max_staleness_trained": self._ledger.max_trained_staleness(),
+            "duplicates": self._ledger.num_duplicates(),
+            "lost": self._ledger.num_lost(),
+            "redelivered": self._ledger.num_redelivered(),
+            "incarnations": self._ledger.incarnation,
+            "reward_first": lines[0]["reward_mean"] if lines else None,
+            "reward_last": lines[-1]["reward_mean"] if lines else None,
+            "wall_s": self.run_wall_s,
+        }
+        path = self._run_dir / "summary.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        partial.replace(path)
+        return summary
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Complete JSON lines; a last one that a crash cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _append_line(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    partial.replace(path)

@@ -1,0 +1,116 @@
+"""Rows of an optimizer step before they are tensors: a prompt and the branches that continue it.
+
+A policy group is one row with K branches, an expert demonstration a row with one. The prompt of a row is computed once.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.chat import Demonstration
+from common.trajectory import Trajectory, TrajectoryGroup
+from learner.objective.advantages import group_advantages
+
+EXPERT_TEMPERATURE = 1.0
+"""Expert log-probs are taken at temperature 1, whatever the rollouts' is (CHORD.md)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """What follows the prompt in one trajectory or demonstration, T tokens."""
+
+    tokens: NDArray[np.int32]
+    """[T]"""
+    mask: NDArray[np.float32]
+    """[T] loss weight."""
+    behavior_logprobs: NDArray[np.float32]
+    """[T]; NaN for expert branches, which have no behaviour policy."""
+    advantage: float
+    """NaN for expert branches."""
+    temperature: float
+    is_expert: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A prompt with its branches."""
+
+    prompt: NDArray[np.int32]
+    """[P], P >= 1"""
+    branches: tuple[Branch, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed for this row."""
+        return len(self.prompt) + sum(len(branch.tokens) for branch in self.branches)
+
+
+def policy_row(group: TrajectoryGroup, *, scale: str, temperature: float) -> Row:
+    """A group as a row, its advantages within the group (CHORD, GRPO half)."""
+    rewards = torch.tensor([trajectory.reward for trajectory in group.trajectories], dtype=torch.float32)
+    advantages = group_advantages(rewards, scale=scale).tolist()  # pyright: ignore[reportArgumentType]
+    start = group.num_prompt_tokens
+    branches = tuple(
+        Branch(t.tokens[start:], t.mask[start:], t.logprobs[start:], advantage, temperature, is_expert=False)
+        for t, advantage in zip(group.trajectories, advantages, strict=True)
+    )
+    return Row(group.trajectories[0].tokens[:start], branches)
+
+
+def expert_row(demonstration: Demonstration) -> Row:
+    """A demonstration as a row; its prompt ends where the first loss-bearing token begins."""
+    start = demonstration.mask.index(1.0)
+    tokens = np.array(demonstration.tokens, dtype=np.int32)
+    mask = np.array(demonstration.mask[start:], dtype=np.float32)
+    nothing = np.full(len(mask), np.nan, dtype=np.float32)
+    branch = Branch(tokens[start:], mask, nothing, float("nan"), EXPERT_TEMPERATURE, is_expert=True)
+    return Row(tokens[:start], (branch,))
+
+
+def unshare(rows: Iterable[Row]) -> list[Row]:
+    """One row for each branch: every branch computes the prompt for itself."""
+    return [replace(row, branches=(branch,)) for row in rows for branch in row.branches]
+
+
+def split_to_budget(row: Row, budget: int) -> list[Row]:
+    """Rows of at most `budget` tokens each, as far as single branches allow."""
+    parts: list[list[Branch]] = [[]]
+    size = len(row.prompt)
+    for branch in row.branches:
+        if parts[-1] and size + len(branch.tokens) > budget:
+            parts.append([])
+            size = len(row.prompt)
+        parts[-1].append(branch)
+        size += len(branch.tokens)
+    return [replace(row, branches=tuple(part)) for part in parts]
+
+
+def deal(rows: Sequence[Row], num_ranks: int) -> list[list[Row]]:
+    """Rows to ranks, longest first to the least loaded, so that ranks finish together."""
+    shares: list[list[Row]] = [[] for _ in range(num_ranks)]
+    load = [0] * num_ranks
+    for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):
+        rank = load.index(min(load))
+        shares[rank].append(row)
+        load[rank] += row.num_tokens
+    return shares
+
+
+def micro_batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
+    """Rows of similar length together, each list at most `budget` tokens with padding (a longer row stands alone)."""
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):
+        longest = batches[-1][0].num_tokens if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def trained_tokens(trajectory: Trajectory) -> int:
+    """Loss-bearing tokens of a trajectory."""
+    return int((trajectory.mask > 0).sum())

@@ -1,0 +1,172 @@
+"""One optimizer step of CHORD with DeepSpeed, on any number of ranks.
+
+The gradient of a step is the same for any split into micro-batches and ranks: each loss is a sum divided by the token counts of the whole
+step, and what DeepSpeed divides by (the rank count; accumulation steps are set to 1) is multiplied back.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from learner.batch import TrainBatch, build_batch
+from learner.objective.chord import chord_loss, expert_loss
+from learner.objective.importance import Correction
+from learner.objective.policy import policy_loss
+from learner.policy_model import PolicyModel
+from learner.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is fixed in the objective for a whole run."""
+
+    correction: Correction
+    expert_weighting: Literal["phi", "is", "none"]
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and what DeepSpeed is told; see the configuration's section `learner`."""
+
+    weight_decay: float
+    adam_betas: tuple[float, float]
+    max_grad_norm: float
+    zero_stage: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step computed, over all ranks."""
+
+    num_policy_tokens: float
+    num_expert_tokens: float
+    metrics: dict[str, float]
+    """Means over the step's policy tokens (`policy_…`) and expert tokens (`expert_…`), both losses, their sum, gradient norm."""
+
+
+class TrainEngine:
+    """The policy under training. Every rank makes one and calls its methods in the same order."""
+
+    def __init__(
+        self, model: PolicyModel, ranks: Ranks, device: torch.device, objective: Objective, settings: OptimizerSettings
+    ) -> None:
+        import deepspeed
+
+        self._objective = objective
+        self._ranks = ranks
+        self._device = device
+        parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
+        engine, optimizer, *_ = deepspeed.initialize(
+            model=model.to(device),
+            model_parameters=parameters,
+            config=_deepspeed_config(settings, dtype=parameters[0].dtype, on_cpu=device.type == "cpu"),
+            dist_init_required=False,
+        )
+        self._engine: Any = engine
+        self._optimizer: Any = optimizer
+        self._model = model
+
+    def step(self, batches: Sequence[TrainBatch], *, mu: float, lr: float) -> StepReport:
+        """Take one optimizer step on this rank's share of it."""
+        counts = [sum(float(b.policy_mask.sum()) for b in batches), sum(float(b.expert_mask.sum()) for b in batches)]
+        num_policy_tokens, num_expert_tokens = self._ranks.add_up(counts)
+        num_micro_batches = self._most(len(batches))
+        padded = [*batches, *[build_batch([]) for _ in range(num_micro_batches - len(batches))]]
+        totals: dict[str, float] = {}
+        for number, batch in enumerate(padded, start=1):
+            loss, metrics = self._loss(batch.to(self._device), mu, num_policy_tokens, num_expert_tokens)
+            self._engine.set_gradient_accumulation_boundary(number == num_micro_batches)
+            self._engine.backward(loss * self._ranks.count)
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        grad_norm = self._take(lr)
+        summed = self._ranks.add_up(list(totals.values()))
+        return StepReport(num_policy_tokens, num_expert_tokens, {**dict(zip(totals, summed, strict=True)), "grad_norm": grad_norm})
+
+    def _loss(
+        self, batch: TrainBatch, mu: float, num_policy_tokens: float, num_expert_tokens: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, entropies = self._engine(batch)
+        policy, policy_metrics = policy_loss(
+            logprobs, batch.behavior_logprobs, batch.advantages, batch.policy_mask,
+            correction=self._objective.correction, num_tokens=num_policy_tokens,
+        )  # fmt: skip
+        expert, expert_metrics = expert_loss(
+            logprobs, batch.expert_mask, weighting=self._objective.expert_weighting, num_tokens=num_expert_tokens
+        )
+        entropy = (entropies * batch.policy_mask).sum() / max(num_policy_tokens, 1.0)
+        loss = chord_loss(policy, expert, mu=mu)
+        metrics = {"loss": loss.detach(), "policy_loss": policy.detach(), "expert_loss": expert.detach(), "policy_entropy": entropy}
+        metrics |= {f"policy_{name}": value for name, value in policy_metrics.items()}
+        metrics |= {f"expert_{name}": value for name, value in expert_metrics.items()}
+        return loss + 0.0 * logprobs.sum(), metrics  # the second term gives an empty batch something to differentiate
+
+    def _most(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        slots = [0.0] * self._ranks.count
+        slots[self._ranks.rank] = float(number)
+        return int(max(self._ranks.add_up(slots)))
+
+    def _take(self, lr: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        norm = _plain_grad_norm(self._model)
+        self._engine.step()
+        sharded_norm = self._engine.get_global_grad_norm()
+        return float(norm if sharded_norm is None else sharded_norm)
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The policy's weights by their Hugging Face names, on the CPU of rank 0; empty on other ranks. Every rank must call it."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._named_parameters():
+            with self._gathered(parameter):
+                if self._ranks.is_first:
+                    found[name] = parameter.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+        return found
+
+    def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter once; a head tied to the embedding comes with the embedding."""
+        return self._model.lm.named_parameters()
+
+    def _gathered(self, parameter: Tensor) -> Any:
+        import deepspeed
+
+        is_sharded = hasattr(parameter, "ds_id")
+        return deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded)
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer and random states of this rank into `folder`. Every rank must call it."""
+        self._engine.save_checkpoint(str(folder), tag="state", client_state={"torch_rng": torch.get_rng_state()}, save_latest=False)
+
+    def restore(self, folder: Path) -> None:
+        """Load what `save` wrote with the same number of ranks."""
+        loaded, client_state = self._engine.load_checkpoint(str(folder), tag="state")
+        if loaded is None:
+            raise ValueError(f"{folder}: DeepSpeed found no checkpoint in it")
+        torch.set_rng_state(client_state["torch_rng"])
+
+
+def _plain_grad_norm(model: PolicyModel) -> float:
+    """Norm of the unsharded gradients, where there are such (ZeRO 0)."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(grads)) if grads else float("nan")
+
+
+def _deepspeed_config(settings: OptimizerSettings, *, dtype: torch.dtype, on_cpu: bool) -> dict[str, Any]:
+    adam = {
+        "lr": 0.0, "betas": list(settings.adam_betas), "weight_decay": settings.weight_decay, "torch_adam": on_cpu,
+    }  # fmt: skip
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_optimization": {"stage": settings.zero_stage},
+        "optimizer": {"type": "AdamW", "params": adam},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": 1 << 30,
+        "wall_clock_breakdown": False,
+    }
