@@ -46,7 +46,9 @@ class Answer:
 def check_prompt(prompt: Sequence[int], *, vocab_size: int, max_model_tokens: int) -> None:
     """Refuse a prompt that would leave no room for an answer, or that would crash an engine."""
     if not 0 < len(prompt) < max_model_tokens:
-        raise ValueError(f"prompt: got {len(prompt)} tokens, expected 1 to {max_model_tokens - 1} (actor.max_model_tokens - 1)")
+        raise ValueError(
+            f"prompt: got {len(prompt)} tokens, expected 1 to {max_model_tokens - 1} (actor.max_model_tokens - 1)"
+        )
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         raise ValueError(f"prompt: got token ids from {min(prompt)} to {max(prompt)}, expected 0 to {vocab_size - 1}")
 

@@ -1,4 +1,4 @@
-"""The actor's link to the learner: every request is sent again until it is answered, across reconnects and learner restarts.
+"""The actor's link to the learner: a request is sent again until it is answered, across reconnects and restarts.
 
 Consumes replies; waits for the learner, `learner_timeout_s` at most; is unblocked by a reply to the request's id.
 """
@@ -43,12 +43,14 @@ class LearnerLink:
         self._reader = asyncio.create_task(self._read(), name="link-reader")
 
     async def ask(self, message: Message, expected: type[Reply], frames: Sequence[Buffer] = (), *, phase: str) -> Reply:
-        """Send until answered. Raises OperatorError on a final refusal, WaitTimeout naming `phase` where no answer comes."""
+        """Send until answered. Raises OperatorError on a final refusal, WaitTimeout naming `phase` on silence."""
         started = time.monotonic()
         while True:
             waited = time.monotonic() - started
             if waited > self._network.learner_timeout_s:
-                raise WaitTimeout(f"waited {waited:.0f} s for {phase} from learner at {self.address}, expected an answer")
+                raise WaitTimeout(
+                    f"waited {waited:.0f} s for {phase} from learner at {self.address}, expected an answer"
+                )
             if self.welcome is None and not isinstance(message, Hello):
                 await self._greet()
             reply = await self._try_once(message, frames)

@@ -45,6 +45,7 @@ class Worker:
         self._idle_since: float | None = None
         self._wake = asyncio.Event()
         self._failure: SamplingFailed | None = None
+        self._asking: asyncio.Task[str] | None = None
         self.is_draining = False
 
     def wake(self) -> None:
@@ -54,25 +55,29 @@ class Worker:
     def drain(self) -> None:
         """Take no more leases; `run` returns when the running groups have ended."""
         self.is_draining = True
-        self.wake()
+        if self._asking:
+            self._asking.cancel()
 
     async def run(self) -> str:
         """Work until the run is over or `drain`; returns the reason. Raises ComponentFailure where engine or learner fails."""
         following = asyncio.create_task(self._fitter.follow(lambda: self._link.welcome), name="fitter")
+        self._asking = asyncio.create_task(self._ask_for_work(following), name="work")
         try:
-            reason = await self._ask_for_work(following)
+            await asyncio.wait([self._asking])
+            reason = "asked to stop" if self._asking.cancelled() else self._asking.result()
             self.is_draining = True
             if self._groups:
                 await asyncio.wait(self._groups.values(), timeout=DRAIN_S)
             await self._say_goodbye(reason)
             return reason
         finally:
-            for task in [following, *self._groups.values()]:
+            tasks = [self._asking, following, *self._groups.values()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(following, *self._groups.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask_for_work(self, following: "asyncio.Task[None]") -> str:
-        while not self.is_draining:
+        while True:
             self._wake.clear()
             work = await self._link.ask(self._request(), Work, phase="work")
             self._fitter.want(work.newest)
@@ -88,7 +93,6 @@ class Worker:
                 raise ComponentFailure(f"{self._failure}: the actor ends, so that it can be started again")
             if following.done():
                 following.result()
-        return "asked to stop"
 
     def _request(self) -> WorkRequest:
         return WorkRequest(

@@ -39,17 +39,19 @@ class Chat:
     def __init__(self, model_path: Path) -> None:
         """Raises OperatorError where the folder holds no tokenizer with a chat template."""
         if not (model_path / "config.json").is_file():
-            raise OperatorError(f"model.path: got {str(model_path)!r}, expected a Hugging Face folder with a config.json")
+            raise OperatorError(
+                f"model.path: got {str(model_path)!r}, expected a Hugging Face folder with a config.json"
+            )
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-        self._tokenizer = cast(Any, AutoTokenizer.from_pretrained(model_path, local_files_only=True))
+        self._tokenizer = cast(Any, AutoTokenizer).from_pretrained(model_path, local_files_only=True)
         if not self._tokenizer.chat_template:
             raise OperatorError(f"model.path: {model_path} has no chat template, expected an instruct model")
-        config = cast(Any, AutoConfig.from_pretrained(model_path, local_files_only=True))
+        config = cast(Any, AutoConfig).from_pretrained(model_path, local_files_only=True)
         self.vocab_size: int = config.get_text_config().vocab_size
         ends: set[int] = {self._tokenizer.eos_token_id}
         if (model_path / "generation_config.json").is_file():
-            generation = cast(Any, GenerationConfig.from_pretrained(model_path)).eos_token_id
+            generation = cast(Any, GenerationConfig).from_pretrained(model_path).eos_token_id
             ends |= set(cast("list[int]", generation if isinstance(generation, list) else [generation])) - {None}
         self.end_tokens: frozenset[int] = frozenset(ends)
         """Tokens that end an answer."""

@@ -35,7 +35,7 @@ def resolve_or_check(path: Path | None, overrides: list[str] | None, *, check: b
 
 
 def run_command(name: str, command: Callable[[], object]) -> NoReturn:
-    """Run a typer application; an operator's error or a failure becomes one line per mistake on stderr, and the exit code."""
+    """Run a typer application; an error becomes one line per mistake on stderr, and the exit code of its kind."""
     try:
         command()
     except (OperatorError, ComponentFailure) as error:

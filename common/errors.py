@@ -5,7 +5,7 @@ COMPONENT_FAILURE = 1
 
 
 class OperatorError(Exception):
-    """Something outside the program is wrong and must be mended: what, where, got and expected are in the message. Exit code 2."""
+    """Something outside the program must be mended; the message says what, where, got and expected. Exit code 2."""
 
 
 class ConfigError(OperatorError):

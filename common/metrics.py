@@ -6,7 +6,7 @@ from common.errors import OperatorError
 
 
 def serve_metrics(registry: CollectorRegistry, *, host: str, port: int, key: str) -> int:
-    """Serve `registry` and return the port (0 takes a free one). Raises OperatorError, naming the key, where it is taken."""
+    """Serve `registry` and return the port (0: a free one). Raises OperatorError, naming the key, where it is taken."""
     try:
         server, _ = start_http_server(port, addr=host, registry=registry)
     except OSError as error:

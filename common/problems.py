@@ -1,7 +1,7 @@
 """Procedural problems of reasoning_gym, split into training and held-out ones by the text of the question.
 
-A question's split is a hash of its text, so that held-out problems share no question with training prompts or expert rows, whichever
-seeds drew them, with nothing to be kept in step between machines.
+A question's split is a hash of its text, so that held-out problems share no question with training prompts or expert
+rows, whichever seeds drew them, with nothing to be kept in step between machines.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ Split = Literal["train", "held_out"]
 HELD_OUT_BUCKETS = 4
 """Of 16 equally large buckets of questions, those that are held out."""
 _WINDOW = 512
-"""Items that are drawn at most to find one of the wanted split: all of the other kind has probability (3/4)^512 or less."""
+"""Items drawn at most to find one of the wanted split: all of the other kind has probability (3/4)^512 or less."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class ReasoningProblems:
 
     def __init__(self, *, family: str, system_prompt: str = "", seed: int = 0, **parameters: Any) -> None:
         """`parameters` are the family's own. Raises ConfigError where reasoning_gym refuses them."""
-        import reasoning_gym
+        import reasoning_gym  # pyright: ignore[reportMissingTypeStubs]
 
         self.family = family
         self._system = (ChatMessage(role="system", content=system_prompt),) if system_prompt else ()
         try:
-            self._dataset = cast(Any, reasoning_gym.create_dataset(family, size=2**31 - 1, seed=seed, **parameters))
+            self._dataset = cast(Any, reasoning_gym).create_dataset(family, size=2**31 - 1, seed=seed, **parameters)
         except (ValueError, TypeError, AssertionError) as error:
             raise ConfigError([f"environment.options: {family}: {error}"]) from error
 
@@ -59,7 +59,9 @@ class ReasoningProblems:
             problem = self._at(position)
             if split_of(problem.question) == split:
                 return problem
-        raise ConfigError([f"environment.options: {self.family}: no {split} question among {_WINDOW}, expected more variety"])
+        raise ConfigError(
+            [f"environment.options: {self.family}: no {split} question among {_WINDOW}, expected more variety"]
+        )
 
     def distinct(self, split: Split) -> Iterator[Problem]:
         """Problems of `split`, each question once; ends where new ones have become rare."""

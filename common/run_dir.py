@@ -63,10 +63,15 @@ class RunDir:
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OperatorError(f"run.dir: {self.path}: {error.strerror}, expected a folder that can be written") from error
+            raise OperatorError(
+                f"run.dir: {self.path}: {error.strerror}, expected a folder that can be written"
+            ) from error
 
     def save_config(self, config: Config) -> None:
-        self.config.write_text(to_toml_document(config))
+        """It appears by rename: a component that starts meanwhile reads the old one or the new one."""
+        partial = self.config.with_suffix(".partial")
+        partial.write_text(to_toml_document(config), encoding="utf-8")
+        partial.replace(self.config)
 
     def lock(self) -> int:
         """Keep every other learner out until this process ends. Raises OperatorError where one is in."""
@@ -75,7 +80,9 @@ class RunDir:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise OperatorError(f"run.dir: {self.path} is in use by another learner, expected a folder of its own") from None
+            raise OperatorError(
+                f"run.dir: {self.path} is in use by another learner, expected a folder of its own"
+            ) from None
         return descriptor
 
     def clear(self) -> None:
@@ -83,6 +90,8 @@ class RunDir:
         if not self.path.exists():
             return
         if any(self.path.iterdir()) and not (self.config.exists() or self.ledger.exists() or self.logs.exists()):
-            raise OperatorError(f"run.dir: {self.path} holds something else than a run, expected an earlier run or nothing")
+            raise OperatorError(
+                f"run.dir: {self.path} holds something else than a run, expected an earlier run or nothing"
+            )
         os.close(self.lock())
         shutil.rmtree(self.path)

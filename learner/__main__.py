@@ -45,7 +45,7 @@ def _check_paths(config: Config, *, resume: bool) -> None:
 
 def _start_ranks(count: int) -> None:
     """Become torchrun with `count` ranks of this same command."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     os.execv(sys.executable, [*launcher, "-m", "learner", *sys.argv[1:]])
 
 

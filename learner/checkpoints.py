@@ -62,7 +62,8 @@ class Checkpoints:
 
     def all(self) -> list[Checkpoint]:
         """Every finished checkpoint, oldest first."""
-        return [Checkpoint(path, int(path.name[5:])) for path in sorted(self._folder.glob("step-*"))]
+        names = sorted(path.name for path in self._folder.glob("step-*") if path.name[5:].isdigit())
+        return [Checkpoint(self._folder / name, int(name[5:])) for name in names]
 
     def newest_good(self) -> Checkpoint | None:
         """The newest checkpoint whose files are those of its manifest; damaged ones are named and passed by.
@@ -76,20 +77,22 @@ class Checkpoints:
                 return checkpoint
             log.error("checkpoint %s is damaged (%s): trying the one before it", checkpoint.path, damage)
         if found:
-            raise OperatorError(f"{self._folder}: every checkpoint is damaged, expected a good one; restore it or use a new run.dir")
+            raise OperatorError(
+                f"{self._folder}: every checkpoint is damaged, expected a good one; restore it or use a new run.dir"
+            )
         return None
 
     def _damage(self, checkpoint: Checkpoint) -> Iterator[str]:
         try:
-            files = json.loads((checkpoint.path / MANIFEST).read_text())["files"]
-        except (OSError, ValueError, KeyError) as error:
+            files = dict(json.loads((checkpoint.path / MANIFEST).read_text())["files"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
             yield f"{MANIFEST}: {error}"
             return
         for name, expected in files.items():
             path = checkpoint.path / name
             if not path.is_file():
                 yield f"{name}: missing"
-            elif path.stat().st_size != expected["num_bytes"] or _describe(path) != expected:
+            elif _describe(path) != expected:
                 yield f"{name}: its bytes are not those that were written"
 
 

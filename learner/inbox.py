@@ -1,7 +1,8 @@
 """The inbox: the learner's front door. It grants leases, journals results, and acknowledges only what is on disk.
 
-Consumes messages of peers; waits for nobody; produces committed groups in the ledger. Each round drains what has arrived, handles it in
-one transaction, then replies: many results share one write to disk, and no receipt leaves before the commit.
+Consumes messages of peers; waits for nobody; produces committed groups in the ledger. Each round drains what has
+arrived, handles it in one transaction, then replies: many results share one write to disk, and no receipt leaves before
+the commit.
 """
 
 import logging
@@ -13,14 +14,25 @@ from typing import Any
 
 import zmq
 
-from common.errors import OperatorError
 from common.version import Version
 from common.wire.codec import Buffer, ProtocolMismatch, WireError, decode, encode
 from common.wire.groups import GroupLimits, read_group, to_blob
 from common.wire.messages import (
-    EvaluationResult, Goodbye, GroupHeader, Hello, Lease, LeaseFailure, Message, Outcome, Receipt, Refusal, Role, Welcome,
-    Work, WorkRequest,
-)  # fmt: skip
+    EvaluationResult,
+    Goodbye,
+    GroupHeader,
+    Hello,
+    Lease,
+    LeaseFailure,
+    Message,
+    Outcome,
+    Receipt,
+    Refusal,
+    Role,
+    Welcome,
+    Work,
+    WorkRequest,
+)
 from learner.ledger.ledger import Ledger
 from learner.peers import Peer, Peers
 
@@ -29,6 +41,8 @@ log = logging.getLogger(__name__)
 MAX_ROUND = 256
 """Messages handled under one commit at most."""
 POLL_MS = 200
+MAX_SEED = 2**53
+"""Seeds of leases lie below it, whatever run.seed is; a message carries no larger number."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +88,8 @@ class Inbox:
         self.received_bytes = 0
         self._num_answer_tokens = self._num_trajectories = 0
         self.is_run_finished = False
-        self.failure: OperatorError | None = None
-        """Set where the ledger can no longer be written; the train loop raises it."""
+        self.failure: Exception | None = None
+        """What ended the thread, a disk that is full as a rule; the train loop raises it."""
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="inbox", daemon=True)
 
@@ -95,7 +109,7 @@ class Inbox:
                     self._expire_silent()
                 for reply in replies:
                     self._send(reply)
-        except OperatorError as error:
+        except Exception as error:  # nobody else would notice that the door is shut
             self.failure = error
             with self._ledger.changed:
                 self._ledger.changed.notify_all()
@@ -146,6 +160,9 @@ class Inbox:
         match message:
             case WorkRequest():
                 return self._work(peer, message)
+            case GroupHeader() | LeaseFailure() if not self._ledger.was_issued_to(message.lease_id, peer.peer_id):
+                reason = f"lease {message.lease_id} was not issued to {peer.peer_id}"
+                return Receipt(outcome=Outcome.REFUSED, reason=reason)
             case GroupHeader():
                 return self._commit(message, frames)
             case LeaseFailure():
@@ -171,7 +188,9 @@ class Inbox:
             self._ledger.expire(earlier)
         log.info("%s %s joined (%s engine)", hello.role, hello.peer_id, hello.engine)
         return Welcome(
-            weights_port=self._door.weights_port, announcements_port=self._door.announcements_port, newest=self._newest()
+            weights_port=self._door.weights_port,
+            announcements_port=self._door.announcements_port,
+            newest=self._newest(),
         )
 
     def _work(self, peer: Peer, request: WorkRequest) -> Message:
@@ -184,7 +203,11 @@ class Inbox:
         leases: tuple[Lease, ...] = ()
         if request.serving and not self.is_run_finished and self._serves_known_weights(request.serving):
             granted = self._ledger.lease(
-                peer.peer_id, peer.session, capacity=request.capacity, serving_step=request.serving.step, held=request.held
+                peer.peer_id,
+                peer.session,
+                capacity=request.capacity,
+                serving_step=request.serving.step,
+                held=request.held,
             )
             leases = tuple(self._lease(lease.lease_id, lease.prompt_index, lease.group_id) for lease in granted)
         return Work(newest=newest, leases=leases, is_finished=self.is_run_finished)
@@ -197,7 +220,7 @@ class Inbox:
         terms = self._terms
         return Lease(
             lease_id=lease_id, prompt_index=prompt_index, group_size=terms.group_size, temperature=terms.temperature,
-            max_tokens=terms.max_tokens, seed=(terms.seed * 1_000_003 + group_id) * terms.group_size,
+            max_tokens=terms.max_tokens, seed=(terms.seed * 1_000_003 + group_id) * terms.group_size % MAX_SEED,
         )  # fmt: skip
 
     def _commit(self, header: GroupHeader, frames: Any) -> Message:
@@ -211,7 +234,10 @@ class Inbox:
             log.warning("refused a group: %s", error)
             return Receipt(outcome=Outcome.REFUSED, reason=str(error)[:500])
         outcome, reason = self._ledger.commit(
-            header.lease_id, to_blob(header, frames), min_version=group.min_version, num_trajectories=len(group.trajectories)
+            header.lease_id,
+            to_blob(header, frames),
+            min_version=group.min_version,
+            num_trajectories=len(group.trajectories),
         )
         if outcome is Outcome.COMMITTED:
             self._num_trajectories += len(group.trajectories)

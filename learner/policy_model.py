@@ -78,7 +78,9 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_policy_model(path: Path, *, dtype: torch.dtype, head_chunk_tokens: int) -> PolicyModel:
     """The policy of a Hugging Face folder. Raises OperatorError where the folder or the architecture will not do."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     if not (path / "config.json").is_file():
         raise OperatorError(f"model.path: got {str(path)!r}, expected a Hugging Face folder with a config.json")
     try:

@@ -74,7 +74,7 @@ class TrainEngine:
         """Take one optimizer step on this rank's share of it."""
         counts = [sum(float(b.policy_mask.sum()) for b in batches), sum(float(b.expert_mask.sum()) for b in batches)]
         num_policy_tokens, num_expert_tokens = self._ranks.add_up(counts)
-        num_micro_batches = self._most(len(batches))
+        num_micro_batches = max(self._most(len(batches)), 1)
         padded = [*batches, *[build_batch([]) for _ in range(num_micro_batches - len(batches))]]
         totals: dict[str, float] = {}
         for number, batch in enumerate(padded, start=1):

@@ -1,12 +1,19 @@
-"""A tiny random Llama with a byte-level tokenizer, as a Hugging Face folder: a policy that tests can afford."""
+"""A tiny random Llama with a byte-level tokenizer, as a Hugging Face folder: a policy that tests can afford.
 
+`replay` is the slow reference that every engine with a model is held against.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common.weights.snapshot import Snapshot, write_snapshot
+
+torch.set_num_threads(1)  # tensors this small gain nothing from a second thread, and lose much where cores are shared
 
 START, END = "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -46,6 +53,22 @@ def snapshot_of(folder: Path, path: Path, *, step: int) -> Snapshot:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     return write_snapshot(tensors, path, run_id="test", incarnation=1, step=step, chunk_bytes=1 << 20)
+
+
+@torch.no_grad()
+def replay(
+    folders: Mapping[int, Path], prompt: Sequence[int], tokens: Sequence[int], versions: Sequence[int]
+) -> Tensor:
+    """Logits [T, V] that each answer token was drawn from, one token at a time in float32.
+
+    Every step runs with the weights of its token's version, on the keys and values that earlier steps left behind.
+    """
+    models = {step: AutoModelForCausalLM.from_pretrained(folders[step], dtype=torch.float32) for step in set(versions)}
+    cache, fed, logits = DynamicCache(), list(prompt), []
+    for token, version in zip(tokens, versions, strict=True):
+        logits.append(models[version](input_ids=torch.tensor([fed]), past_key_values=cache).logits[0, -1])
+        fed = [token]
+    return torch.stack(logits)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

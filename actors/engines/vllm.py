@@ -1,9 +1,14 @@
-"""The vLLM engine: all answers of an actor in one continuous batch, on a GPU or a CPU; weights change between two tokens.
+"""The vLLM engine: all answers of an actor in one continuous batch, on a GPU or a CPU.
 
-With actors.engines.vllm_weights the only file that reaches vLLM, and only through its public interface for RL. The life of a load:
-the snapshot's tensors are checked against the model's; vLLM pauses and keeps its running answers (or lets them end); its worker reads
-the file; vLLM resumes and labels every further token with the new version. New answers wait meanwhile, and the prefix cache is salted
-by the load, so that they never build on keys and values of older weights. Answers that were running go on with theirs.
+With actors.engines.vllm_weights the only file that reaches vLLM, and only through its public interface for RL. A load:
+
+1. the snapshot's tensor names and shapes are compared with the model's; a wrong snapshot ends here;
+2. vLLM pauses and keeps its running answers, or lets them end; new answers wait;
+3. its worker reads the file into the model;
+4. vLLM resumes and labels every further token with the new version.
+
+Answers that were running go on with the keys and values they have. The prefix cache is salted by the load, so that new
+answers never build on keys and values of older weights.
 """
 
 import asyncio
@@ -85,7 +90,9 @@ class VllmEngine:
                 await llm.update_weights(WeightTransferUpdateRequest({"path": str(snapshot.path.resolve())}))
                 await llm.finish_weight_update(weight_version=label_of(snapshot.version))
             except Exception:
-                self._version = None  # the tensors were right, so the weights are half loaded: no token may come of them
+                self._version = (
+                    None  # the tensors were right, so the weights are half loaded: no token may come of them
+                )
                 await llm.pause_generation(mode="abort")
                 raise
             self._version = snapshot.version
@@ -129,13 +136,15 @@ class VllmEngine:
 
 
 def check_installation() -> None:
-    """Refuse a vLLM whose RL interface this file was not tested with, and an environment where vLLM would not find us."""
+    """Refuse a vLLM that this file was not tested with, and an environment where vLLM would not find our weight loader."""
     from vllm.version import __version__ as found
 
     if tuple(found.split(".")[:2]) != TESTED_RELEASE:
         raise OperatorError(f"vllm: got version {found}, expected >=0.32,<0.33, the range that chord-rl is tested with")
     if not any(entry.module == "actors.engines.vllm_weights" for entry in entry_points(group="vllm.general_plugins")):
-        raise OperatorError("vllm: does not find the weight loader of chord-rl, expected `pip install chord-rl` in its environment")
+        raise OperatorError(
+            "vllm: does not find the weight loader of chord-rl, expected `pip install chord-rl` in its environment"
+        )
 
 
 def set_environment(num_threads: int) -> None:
@@ -208,7 +217,8 @@ def label_of(version: Version) -> str:
 def to_answer(output: "CompletionOutput") -> Answer:
     if output.finish_reason not in tuple(FinishReason):
         raise RuntimeError(f"vllm: an answer ended by {output.finish_reason}, expected stop or length")
-    assert output.logprobs is not None and output.weight_versions is not None
+    assert output.logprobs is not None
+    assert output.weight_versions is not None
     tokens = np.asarray(output.token_ids, dtype=np.int32)
     logprobs = [float(at[token].logprob) for at, token in zip(output.logprobs, output.token_ids, strict=True)]
     versions = np.full(len(tokens), -1, dtype=np.int32)

@@ -1,7 +1,7 @@
 """Runs inside vLLM's own processes: loads a snapshot file into the model, and dies with the actor.
 
-vLLM finds `register` through the entry-point group `vllm.general_plugins` and calls it in every process that it starts. With
-actors.engines.vllm this is the only file that reaches vLLM.
+vLLM finds `register` through the entry-point group `vllm.general_plugins` and calls it in every process that it starts.
+With actors.engines.vllm this is the only file that reaches vLLM.
 """
 
 import os
@@ -35,7 +35,7 @@ def register() -> None:
         """A safetensors file with every tensor of the checkpoint; a tied head may be left out."""
 
     class SnapshotTransfer(WeightTransferEngine[Nothing, SnapshotFile]):
-        """Everything happens in `receive_weights`: nothing before it has touched the model, nothing after it is left to do."""
+        """All happens in `receive_weights`: nothing before it touches the model, nothing is left to do after it."""
 
         init_info_cls = Nothing
         update_info_cls = SnapshotFile
@@ -62,7 +62,7 @@ def register() -> None:
 
 
 def load_snapshot(model: Any, model_config: Any, path: Path) -> None:
-    """Load all weights by vLLM's layerwise reload: the one path that also works where linear layers keep only packed weights."""
+    """Load all weights by vLLM's layerwise reload, which also works where linear layers keep only packed weights."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     initialize_layerwise_reload(model)
@@ -74,7 +74,7 @@ def load_snapshot(model: Any, model_config: Any, path: Path) -> None:
 
 
 def pack_tied_heads(model: Any) -> None:
-    """Pack anew what shares the embedding's weight: reload skips it, and on a CPU it would go on with its old packed copy."""
+    """Pack the head anew: reload skips one that is tied, and on a CPU it would go on with its old packed copy."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for layer in model.modules():
@@ -102,8 +102,8 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Any]]:
 class Owner:
     """Rides in vLLM's configuration; unpickled in a child process, it ties that process's life to the owner's.
 
-    vLLM's engine process outlives an owner that was killed. The configuration is the first of ours to reach it, before it waits
-    for its owner for the first time.
+    vLLM's engine process outlives an owner that was killed. The configuration is the first of ours to reach it, before it
+    waits for its owner for the first time.
     """
 
     pid: int

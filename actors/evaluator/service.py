@@ -36,37 +36,45 @@ class EvaluationService:
         self._task = task
         self._num_problems = num_problems
         self._max_concurrency = max_concurrency
-        self._is_stopping = asyncio.Event()
+        self._serving: asyncio.Task[None] | None = None
 
     def stop(self) -> None:
-        """End after the question or evaluation in progress."""
-        self._is_stopping.set()
+        """End now; an evaluation in progress stays owed."""
+        if self._serving:
+            self._serving.cancel()
 
     async def run(self) -> None:
-        while not self._is_stopping.is_set():
+        """Serve until the run is over, or `stop`."""
+        self._serving = asyncio.create_task(self._serve_run(), name="evaluations")
+        await asyncio.wait([self._serving])
+        if not self._serving.cancelled():
+            self._serving.result()
+        with suppress(TimeoutError, OperatorError, ComponentFailure):
+            async with asyncio.timeout(2.0):
+                await self._link.ask(Goodbye(reason="done"), Receipt, phase="a goodbye")
+
+    async def _serve_run(self) -> None:
+        while True:
             work = await self._ask(ActorState.SERVING if self._parts.engine.version else ActorState.FITTING)
             if work.evaluation:
                 await self._serve(work.evaluation)
                 continue
             if work.is_finished:
-                break
-            with suppress(TimeoutError):
-                async with asyncio.timeout(QUESTION_S):
-                    await self._is_stopping.wait()
-        with suppress(TimeoutError, OperatorError, ComponentFailure):
-            async with asyncio.timeout(2.0):
-                await self._link.ask(Goodbye(reason="done"), Receipt, phase="a goodbye")
+                return
+            await asyncio.sleep(QUESTION_S)
 
     async def _serve(self, version: Version) -> None:
         """Evaluate `version`, reporting every second meanwhile, so that the learner knows the evaluator alive."""
         evaluating = asyncio.create_task(self._evaluate(version))
-        while not evaluating.done():
-            await asyncio.wait([evaluating], timeout=QUESTION_S)
-            await self._ask(ActorState.SERVING)
         try:
+            while not evaluating.done():
+                await asyncio.wait([evaluating], timeout=QUESTION_S)
+                await self._ask(ActorState.SERVING)
             evaluating.result()
         except VersionGone:
             log.warning("%s is no longer kept: not evaluated", version)
+        finally:
+            evaluating.cancel()
 
     async def _evaluate(self, version: Version) -> None:
         welcome = self._link.welcome

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def resolve_config(path: Path | None, overrides: Iterable[str] = ()) -> Resolved
     from_file = _file_values(path) if path else {}
     from_overrides = _override_values(overrides)
     preset, preset_is_overridden = _chosen_preset(from_file, from_overrides)
-    owned = {("algorithm", key): value for key, value in PRESETS.get(preset, {}).items()}
+    owned = {("algorithm", key): value for key, value in PRESETS.get(str(preset), {}).items()}
     merged |= {key: (value, f"preset {preset}") for key, value in owned.items()}
     for key, value in from_file.items():
         if not (preset_is_overridden and key in owned):
@@ -58,10 +59,13 @@ def to_toml(value: Any) -> str:
     """A TOML literal of a plain value; None becomes an empty string, which TOML lacks a word for."""
     if isinstance(value, dict):
         entries = cast("dict[str, Any]", value).items()
-        return "{ " + ", ".join(f"{json.dumps(key)} = {to_toml(item)}" for key, item in entries) + " }"
+        return "{ " + ", ".join(f"{to_toml(key)} = {to_toml(item)}" for key, item in entries) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(to_toml(item) for item in cast("list[Any]", value)) + "]"
-    return json.dumps("" if value is None else value, ensure_ascii=False)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = json.dumps("" if value is None else value, ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")  # JSON takes it as it stands, TOML does not
 
 
 def to_toml_document(config: Config) -> str:
@@ -74,11 +78,11 @@ def to_toml_document(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _chosen_preset(from_file: dict[Key, Any], from_overrides: dict[Key, Any]) -> tuple[str, bool]:
+def _chosen_preset(from_file: dict[Key, Any], from_overrides: dict[Key, Any]) -> tuple[Any, bool]:
     """The preset in force, and whether an override named another one than the file did."""
     default: str = Config.model_fields["algorithm"].annotation.model_fields["preset"].default  # pyright: ignore
-    in_file: str = from_file.get(PRESET_KEY, default)
-    preset: str = from_overrides.get(PRESET_KEY, in_file)
+    in_file = from_file.get(PRESET_KEY, default)
+    preset = from_overrides.get(PRESET_KEY, in_file)
     return preset, preset != in_file
 
 
@@ -92,7 +96,7 @@ def _file_values(path: Path) -> dict[Key, Any]:
     values: dict[Key, Any] = {}
     for section, keys in document.items():
         if not isinstance(keys, dict):
-            raise ConfigError([f"{path}: {section}: got {to_toml(keys)} outside a section, expected [section] key = value"])
+            raise ConfigError([f"{path}: {section}: got {keys!r} outside a section, expected [section] key = value"])
         values |= {(section, key): value for key, value in cast("dict[str, Any]", keys).items()}
     return values
 
@@ -107,7 +111,8 @@ def _override_values(overrides: Iterable[str]) -> dict[Key, Any]:
         option, nested, leaf = key.partition(".")
         value = _parse_override(section, key, text.strip())
         if nested and (section, option) == ("environment", "options"):
-            values.setdefault((section, option), {})[leaf] = value
+            before = values.get((section, option))
+            values[section, option] = {**(before if isinstance(before, dict) else {}), leaf: value}
         else:
             values[section, key] = value
     return values
@@ -131,14 +136,15 @@ def _section_fields(section: str) -> dict[str, Any]:
 
 def _validate(merged: dict[Key, tuple[Any, str]]) -> Config:
     document: dict[str, dict[str, Any]] = {}
-    for (section, key), (value, _) in merged.items():
+    for (section, key), (value, origin) in merged.items():
         document.setdefault(section, {})[key] = value
+        try:
+            json.dumps(value)
+        except TypeError:
+            line = f"{origin}: {section}.{key}: got {value!s}, expected text, numbers, booleans and lists"
+            raise ConfigError([line]) from None
     try:
-        text = json.dumps(document)
-    except TypeError as error:
-        raise ConfigError([f"configuration: {error}, expected text, numbers, booleans and lists"]) from error
-    try:
-        return Config.model_validate_json(text, strict=True)
+        return Config.model_validate_json(json.dumps(document), strict=True)
     except ValidationError as error:
         origins = {key: origin for key, (_, origin) in merged.items()}
         raise ConfigError([_error_line(cast("dict[str, Any]", one), origins) for one in error.errors()]) from None
@@ -147,16 +153,25 @@ def _validate(merged: dict[Key, tuple[Any, str]]) -> Config:
 def _error_line(error: dict[str, Any], origins: dict[Key, str]) -> str:
     location = [str(part) for part in error["loc"]]
     name = ".".join(location[:2])
+    if error["type"] == "value_error":
+        return _rule_line(str(error["ctx"]["error"]), origins)
     origin = origins.get((location[0], location[1]), "") if len(location) > 1 else ""
     if not origin and location:
         origin = next((where for (section, _), where in origins.items() if section == location[0]), "")
     where = f"{origin}: " if origin else ""
     if error["type"] == "extra_forbidden":
         return f"{where}{name}: unknown key, expected {_suggestion(location)}"
-    if error["type"] == "value_error":
-        return f"{where}{error['ctx']['error']}"
-    expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    expected = (
+        error["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("String should have ")
+    )
     return f"{where}{name}: got {json.dumps(error['input'])}, expected {expected}"
+
+
+def _rule_line(text: str, origins: dict[Key, str]) -> str:
+    """A rule between several keys names the one to change first: its origin goes before it."""
+    section, _, key = text.partition(":")[0].partition(".")
+    origin = origins.get((section, key))
+    return f"{origin}: {text}" if origin else text
 
 
 def _suggestion(location: list[str]) -> str:

@@ -29,7 +29,7 @@ class StalenessPolicy(StrEnum):
 class Section(BaseModel):
     """A frozen group of keys that refuses unknown ones."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -45,7 +45,9 @@ class Model(Section):
 
 class Actor(Section):
     engine: EngineKind = Field(EngineKind.AUTO, description="auto takes vLLM where importable, else transformers")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="engine precision; auto leaves it to the engine")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="engine precision; auto leaves it to the engine"
+    )
     swap: Literal["in_flight", "wait"] = Field(
         "in_flight", description="load new weights between tokens of running answers, or wait until they end"
     )
@@ -59,7 +61,9 @@ class Actor(Section):
 
 
 class Sampling(Section):
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="of rollouts; the learner's policy half uses it too")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="of rollouts; the learner's policy half uses it too"
+    )
     max_tokens: Positive = Field(64, description="tokens of one answer at most")
 
 
@@ -120,7 +124,9 @@ class Learner(Section):
     num_steps: Positive = Field(100, description="optimizer steps of the whole run")
     groups_per_step: Positive = Field(8, description="groups in one optimizer step")
     lr: Annotated[float, Field(gt=0)] = Field(1e-6, description="peak learning rate")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up, to 0 at the end")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after warm-up, to 0 at the end"
+    )
     lr_warmup_steps: Count = Field(0, description="linear warm-up from 0, optimizer steps")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
     adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's β")
@@ -129,7 +135,8 @@ class Learner(Section):
     num_ranks: Positive = Field(1, description="training processes; more than 1 starts them through torchrun")
     num_threads: Count = Field(0, description="CPU threads of one rank; 0 leaves it to torch")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "float32", description="precision of the decoder's matrix products; auto takes bfloat16 where the hardware has units for it"
+        "float32",
+        description="precision of the decoder's matrix products; auto takes bfloat16 where hardware has units for it",
     )
     micro_batch_tokens: Positive = Field(4096, description="token budget of one forward pass, padding counted")
     head_chunk_tokens: Positive = Field(512, description="positions whose vocabulary logits exist at a time")
@@ -202,5 +209,7 @@ class Config(Section):
     @property
     def agreement_hash(self) -> str:
         """Equal exactly where two components would sample, score and train the same thing."""
-        agreed = {section: self.model_dump(mode="json", include={section: keys or True}) for section, keys in AGREED.items()}
+        agreed = {
+            section: self.model_dump(mode="json", include={section: keys or True}) for section, keys in AGREED.items()
+        }
         return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""`chord-local`: one machine, everything. Starts a learner, actors and an evaluator, shows what they do, ends with a summary."""
+"""`chord-local`: one machine, everything. Starts and shows learner, actors and evaluator, ends with a summary."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ QUIET_S = 15.0
 """Without a terminal: a line about the present at least this often."""
 POLL_S = 0.25
 MEMORY_EVERY_S = 5.0
-LEAVE_S = 20.0
+LEAVE_S = 10.0
 
 
 @app.command()
@@ -37,7 +37,9 @@ def local(
     """Run learner, run.num_actors actors and an evaluator until learner.num_steps steps are done."""
     resolved = resolve_or_check(config, overrides, check=check).config
     if not (Path(resolved.model.path) / "config.json").is_file():
-        raise OperatorError(f"model.path: got {resolved.model.path!r}, expected a Hugging Face folder with a config.json")
+        raise OperatorError(
+            f"model.path: got {resolved.model.path!r}, expected a Hugging Face folder with a config.json"
+        )
     run_dir = RunDir(Path(resolved.run.dir))
     if fresh:
         run_dir.clear()
@@ -55,7 +57,9 @@ def with_port(config: Config) -> Config:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((config.network.host, port))
         except OSError as error:
-            raise OperatorError(f"network.port: {config.network.host}:{port} is taken ({error.strerror}), expected a free port") from error
+            raise OperatorError(
+                f"network.port: {config.network.host}:{port} is taken ({error.strerror}), expected a free port"
+            ) from error
         network = config.network.model_copy(update={"port": probe.getsockname()[1]})
     return config.model_copy(update={"network": network})
 
@@ -77,7 +81,7 @@ class LocalRun:
 
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stop())
+            signal.signal(number, self._stop)
         names = ", ".join(component.name for component in self._supervisor.components)
         self._say(f"{self._config.run.dir}: starting {names} (logs in {self._run_dir.logs})")
         try:
@@ -112,7 +116,9 @@ class LocalRun:
     def _conclude(self) -> None:
         for line in self._progress.read():
             self._say(line)
-        self._say(f"peak memory of all processes {self._peak_bytes / 2**30:.1f} GiB, restarts {self._supervisor.num_restarts}")
+        self._say(
+            f"peak memory of all processes {self._peak_bytes / 2**30:.1f} GiB, restarts {self._supervisor.num_restarts}"
+        )
         if not self._run_dir.summary.exists():
             self._say("stopped before the first summary")
             return
@@ -122,7 +128,7 @@ class LocalRun:
         if self._run_dir.final.exists():
             self._say(f"trained policy: {self._run_dir.final}")
 
-    def _stop(self) -> None:
+    def _stop(self, *_: object) -> None:
         if not self._is_stopping:
             self._is_stopping = True
             self._say("stopping: actors drain, the learner writes a checkpoint")

@@ -97,7 +97,9 @@ def describe_evaluation(line: Line) -> str:
 
 def describe_peer(peer: Line) -> str:
     version = peer["serving_step"]
-    return f"{peer['peer_id']} ({peer['engine']}) {peer['state']}" + (f" version {version}" if version is not None else "")
+    return f"{peer['peer_id']} ({peer['engine']}) {peer['state']}" + (
+        f" version {version}" if version is not None else ""
+    )
 
 
 def describe_summary(summary: Line, *, task: str) -> str:

@@ -1,7 +1,7 @@
 """Starts the components of a run as processes, starts again what dies, and leaves none behind.
 
-A component that ends with exit code 0 has done its work; one with the operator's exit code 2 must be mended by hand and ends the run;
-any other end is a crash and is answered with a new start, a few times.
+A component that ends with exit code 0 has done its work; one with the operator's exit code 2 must be mended by hand and
+ends the run; any other end is a crash and is answered with a new start, a few times.
 """
 
 import ctypes
@@ -84,7 +84,7 @@ class Supervisor:
             component.start()
 
     def watch(self) -> list[str]:
-        """Start again what has crashed; returns a line for each. Raises OperatorError or ComponentFailure where that is of no use."""
+        """Start again what has crashed; returns a line for each. Raises where that is of no use."""
         news: list[str] = []
         for component in self.components:
             code = component.exit_code
@@ -96,8 +96,8 @@ class Supervisor:
             component.crashes = [at for at in component.crashes if now - at < CRASH_WINDOW_S] + [now]
             if len(component.crashes) > MAX_CRASHES:
                 raise ComponentFailure(
-                    f"{component.name} crashed {len(component.crashes)} times within {CRASH_WINDOW_S:.0f} s, expected it to stay up; "
-                    f"see {component.log} ({component.last_line()})"
+                    f"{component.name} crashed {len(component.crashes)} times within {CRASH_WINDOW_S:.0f} s, expected "
+                    f"it to stay up; see {component.log} ({component.last_line()})"
                 )
             ended = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
             news.append(f"{component.name} ended with {ended}: starting it again (log: {component.log})")

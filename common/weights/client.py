@@ -3,13 +3,14 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import zmq
 
-from common.errors import WaitTimeout
+from common.errors import OperatorError, WaitTimeout
 from common.version import Version
 from common.weights.snapshot import HASH_BYTES, Manifest, Snapshot, hash_chunk, hash_of_chunks
 from common.wire.codec import Buffer, Envelope, WireError, decode, encode
@@ -38,11 +39,11 @@ class Progress:
 
 
 class WeightClient:
-    """Consumes the weight server's replies; waits for the learner, `timeout_s` at most without any progress. One thread."""
+    """Consumes the weight server's replies; waits for the learner, `timeout_s` at most without progress. One thread."""
 
     def __init__(
-        self, context: "zmq.Context[Any]", address: str, folder: Path, *, limits: SocketLimits, credit: int, timeout_s: float,
-        retry_s: float,
+        self, context: "zmq.Context[Any]", address: str, folder: Path, *, limits: SocketLimits, credit: int,
+        timeout_s: float, retry_s: float,
     ) -> None:  # fmt: skip
         self._socket = open_socket(context, zmq.DEALER, limits)
         self._socket.connect(address)
@@ -65,7 +66,12 @@ class WeightClient:
         self._progress = None
         path = self._folder / f"{version.step:08d}-{version.hash[:12]}.safetensors"
         os.replace(progress.path, path)
-        return Snapshot(path, Manifest(version, progress.manifest.num_bytes, progress.manifest.chunk_bytes, progress.manifest.chunk_hashes))
+        return Snapshot(
+            path,
+            Manifest(
+                version, progress.manifest.num_bytes, progress.manifest.chunk_bytes, progress.manifest.chunk_hashes
+            ),
+        )
 
     def close(self) -> None:
         self._discard()
@@ -89,7 +95,11 @@ class WeightClient:
         self._send(ManifestRequest(version=version))
         while True:
             envelope = self._receive(is_wanted)
-            if envelope and isinstance(envelope.message, ManifestReply) and envelope.message.version.hash == version.hash:
+            if (
+                envelope
+                and isinstance(envelope.message, ManifestReply)
+                and envelope.message.version.hash == version.hash
+            ):
                 return _read_manifest(envelope.message, envelope.frames)
             self._check_time(started, phase)
             if time.monotonic() - asked > self._retry_s:
@@ -125,10 +135,16 @@ class WeightClient:
                     progress.missing += outstanding
                     raise
 
-    def _store(self, envelope: Envelope, manifest: Manifest, outstanding: dict[int, float], descriptor: int) -> int | None:
-        """Write a wanted chunk whose hash is right; None for any other message (a late or broken one is asked for again)."""
+    def _store(
+        self, envelope: Envelope, manifest: Manifest, outstanding: dict[int, float], descriptor: int
+    ) -> int | None:
+        """Write a wanted chunk whose hash is right; None for any other message (a broken one is asked for again)."""
         message = envelope.message
-        if not isinstance(message, Chunk) or message.version.hash != manifest.version.hash or message.index not in outstanding:
+        if (
+            not isinstance(message, Chunk)
+            or message.version.hash != manifest.version.hash
+            or message.index not in outstanding
+        ):
             return None
         if not envelope.frames:
             raise VersionGone(str(manifest.version))
@@ -136,15 +152,13 @@ class WeightClient:
         offset, length = manifest.chunk_span(message.index)
         if len(data) != length or hash_chunk(data) != manifest.chunk_hashes[message.index]:
             return None
-        os.pwrite(descriptor, data, offset)
+        _write(descriptor, data, offset)
         self.received_bytes += length
         return message.index
 
     def _send(self, message: Message) -> None:
-        try:
+        with suppress(zmq.Again):  # the queue to an unreachable learner is full; it is sent again after `retry_s`
             self._socket.send_multipart(encode(message), flags=zmq.NOBLOCK)
-        except zmq.Again:
-            pass  # the queue to an unreachable learner is full; the request is sent again after `retry_s`
 
     def _receive(self, is_wanted: Callable[[], bool]) -> Envelope | None:
         if not is_wanted():
@@ -159,7 +173,19 @@ class WeightClient:
     def _check_time(self, since: float, phase: str) -> None:
         waited = time.monotonic() - since
         if waited > self._timeout_s:
-            raise WaitTimeout(f"waited {waited:.0f} s for {phase} from learner, expected it within {self._timeout_s:.0f} s")
+            raise WaitTimeout(
+                f"waited {waited:.0f} s for {phase} from learner, expected it within {self._timeout_s:.0f} s"
+            )
+
+
+def _write(descriptor: int, data: Buffer, offset: int) -> None:
+    """All of `data`: a disk that fills up takes a part of it first."""
+    try:
+        while data:
+            num_written = os.pwrite(descriptor, data, offset)
+            data, offset = data[num_written:], offset + num_written
+    except OSError as error:
+        raise OperatorError(f"weights: {error.strerror}, expected room on the disk of run.dir") from error
 
 
 def _read_manifest(reply: ManifestReply, frames: "list[Buffer] | Any") -> Manifest:

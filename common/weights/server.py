@@ -1,4 +1,4 @@
-"""Serves snapshots: announces the newest on a PUB socket, answers requests for manifests and chunks on a ROUTER, one chunk per credit."""
+"""Serves snapshots: announces the newest on a PUB socket, answers requests on a ROUTER, one chunk per credit."""
 
 import logging
 import os
@@ -30,12 +30,13 @@ class Served:
 
     snapshot: Snapshot
     descriptor: int
-    is_pinned: bool
+    pins: set[int]
+    """Steps of the versions with these very bytes that are to be kept."""
     asked_at: float = field(default_factory=time.monotonic)
 
 
 class WeightServer:
-    """Consumes snapshots from `publish`; its thread answers peers. Waits for nobody: every peer fetches at its own pace."""
+    """Consumes snapshots from `publish`; its thread answers peers. Waits for nobody: each fetches at its own pace."""
 
     def __init__(self, context: "zmq.Context[Any]", *, host: str, port: int, limits: SocketLimits) -> None:
         self._announcements = open_socket(context, zmq.PUB, limits)
@@ -54,25 +55,29 @@ class WeightServer:
         """Offer a snapshot and announce it; `pin` keeps it until `unpin`. Call it from one thread only."""
         descriptor = os.open(snapshot.path, os.O_RDONLY)
         with self._lock:
-            known = self._served.get(snapshot.version.hash)
-            if known:
+            pins = {snapshot.version.step} if pin else set[int]()
+            if known := self._served.get(snapshot.version.hash):
                 os.close(known.descriptor)
-            is_pinned = pin or (known is not None and known.is_pinned)
-            self._served[snapshot.version.hash] = Served(snapshot, descriptor, is_pinned)
+                pins |= known.pins
+                if known.snapshot.path != snapshot.path:
+                    known.snapshot.path.unlink(missing_ok=True)
+            self._served[snapshot.version.hash] = Served(snapshot, descriptor, pins)
             self.newest = snapshot.version
         self._retire_old()
-        header = Announcement(run_id=snapshot.version.run_id, incarnation=snapshot.version.incarnation, version=snapshot.version)
+        header = Announcement(
+            run_id=snapshot.version.run_id, incarnation=snapshot.version.incarnation, version=snapshot.version
+        )
         self._announcements.send_multipart(encode(header))
 
     def unpin(self, version: Version) -> None:
         with self._lock:
             if served := self._served.get(version.hash):
-                served.is_pinned = False
+                served.pins.discard(version.step)
 
     @property
     def num_pinned(self) -> int:
         with self._lock:
-            return sum(served.is_pinned for served in self._served.values())
+            return sum(len(served.pins) for served in self._served.values())
 
     def close(self) -> None:
         self._is_closing.set()
@@ -82,7 +87,7 @@ class WeightServer:
     def _retire_old(self) -> None:
         now = time.monotonic()
         with self._lock:
-            others = [s for s in self._served.values() if not s.is_pinned and s.snapshot.version != self.newest]
+            others = [s for s in self._served.values() if not s.pins and s.snapshot.version != self.newest]
             others.sort(key=lambda served: served.asked_at, reverse=True)
             for rank, served in enumerate(others):
                 if rank >= MAX_KEPT or now - served.asked_at > GRACE_S:
@@ -117,10 +122,15 @@ class WeightServer:
             if served:
                 served.asked_at = time.monotonic()
         if served is None:
-            return encode(ManifestReply(request_id=request.request_id, version=request.version, num_bytes=0, chunk_bytes=1))
+            return encode(
+                ManifestReply(request_id=request.request_id, version=request.version, num_bytes=0, chunk_bytes=1)
+            )
         manifest = served.snapshot.manifest
         header = ManifestReply(
-            request_id=request.request_id, version=manifest.version, num_bytes=manifest.num_bytes, chunk_bytes=manifest.chunk_bytes
+            request_id=request.request_id,
+            version=manifest.version,
+            num_bytes=manifest.num_bytes,
+            chunk_bytes=manifest.chunk_bytes,
         )
         return encode(header, [b"".join(manifest.chunk_hashes)])
 

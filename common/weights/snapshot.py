@@ -1,7 +1,7 @@
 """One policy version on disk: a safetensors file, cut into hashed chunks.
 
-The hash of a version is the hash of its chunk hashes, so that each chunk can be checked as it arrives and the whole needs no second
-pass. The file's bytes depend on the tensors alone: equal weights have equal hashes, whoever wrote them.
+The hash of a version is the hash of its chunk hashes, so that each chunk can be checked as it arrives and the whole
+needs no second pass. The file's bytes depend on the tensors alone: equal weights have equal hashes, whoever wrote them.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from common.version import Version
 
@@ -64,11 +64,11 @@ def write_snapshot(
     tensors: Mapping[str, "torch.Tensor"], path: Path, *, run_id: str, incarnation: int, step: int, chunk_bytes: int
 ) -> Snapshot:
     """Write `tensors` to `path`; it appears by rename, so a reader never sees half a file."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(dict(tensors), partial, metadata={"format": "pt"})
+    cast(Any, save_file)(dict(tensors), partial, metadata={"format": "pt"})
     partial.chmod(0o644)
     hashes = tuple(_chunk_hashes(partial, chunk_bytes))
     version = Version(run_id=run_id, incarnation=incarnation, step=step, hash=hash_of_chunks(hashes))

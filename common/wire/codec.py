@@ -1,20 +1,23 @@
-"""Messages to frames and back: a MessagePack header, then raw frames. Untrusted bytes become typed, bounded models or a WireError."""
+"""Messages to frames and back: a MessagePack header, then raw frames. Bytes become bounded models or a WireError."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import msgpack
+import msgpack  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import ValidationError
 
 from common.wire.messages import MESSAGES, PROTOCOL, AnyMessage, Message
 
 Buffer = bytes | memoryview
 
+pack: Callable[[object], bytes] = cast(Any, msgpack).packb
+unpack: Callable[..., Any] = cast(Any, msgpack).unpackb
+
 MAX_FRAMES = 6
 MAX_HEADER_BYTES = 1 << 20
 MAX_HEADER_ITEMS = 8192
-"""Entries of one array or map in a header, and so what its decoding can cost: small frames can name large containers."""
+"""Entries of one array in a header: a few bytes can name a large container."""
 
 
 class WireError(ValueError):
@@ -36,7 +39,7 @@ class Envelope:
 def encode(message: Message, frames: Sequence[Buffer] = ()) -> list[Buffer]:
     """Header frame first."""
     header = message.model_dump(mode="json") | {"protocol": PROTOCOL}
-    return [cast(bytes, msgpack.packb(header)), *frames]
+    return [pack(header), *frames]
 
 
 def decode(frames: Sequence[Buffer], *, max_bytes: int) -> Envelope:
@@ -53,7 +56,7 @@ def _decode_header(frame: Buffer) -> AnyMessage:
     if len(frame) > MAX_HEADER_BYTES:
         raise WireError(f"header: got {len(frame)} bytes, expected at most {MAX_HEADER_BYTES}")
     try:
-        header = msgpack.unpackb(
+        header: object = unpack(
             frame, raw=False, use_list=False, strict_map_key=True, max_str_len=4096, max_bin_len=4096,
             max_array_len=MAX_HEADER_ITEMS, max_map_len=64, max_ext_len=0,
         )  # fmt: skip
@@ -63,7 +66,10 @@ def _decode_header(frame: Buffer) -> AnyMessage:
         raise WireError(f"header: got {type(header).__name__}, expected a map")
     fields = cast("dict[str, Any]", header)
     if (protocol := fields.pop("protocol", None)) != PROTOCOL:
-        raise ProtocolMismatch(f"protocol: got {str(protocol)[:20]}, expected {PROTOCOL} (update the older side)")
+        got = protocol if isinstance(protocol, int) else type(protocol).__name__
+        raise ProtocolMismatch(f"protocol: got {got}, expected {PROTOCOL} (update the older side)")
+    if not isinstance(fields.get("kind"), str):  # deeply nested values must not be printed
+        raise WireError(f"header: kind: got {type(fields.get('kind')).__name__}, expected text")
     try:
         return MESSAGES.validate_python(fields)
     except ValidationError as error:

@@ -1,15 +1,14 @@
-"""A TrajectoryGroup as a header and four little-endian array frames, and back without a copy; and as one blob for the journal."""
+"""A TrajectoryGroup as a header and four little-endian frames, and back without a copy; as one blob for the journal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
 from common.trajectory import NOT_SAMPLED, Trajectory, TrajectoryGroup
-from common.wire.codec import Buffer, WireError, decode, encode
+from common.wire.codec import Buffer, WireError, decode, encode, pack, unpack
 from common.wire.messages import GroupHeader, TrajectoryHeader
 
 ARRAYS = (("tokens", "<i4"), ("logprobs", "<f4"), ("mask", "<f4"), ("versions", "<i4"))
@@ -27,7 +26,8 @@ class GroupLimits:
 
 def group_header(group: TrajectoryGroup, **envelope: Any) -> GroupHeader:
     rows = tuple(
-        TrajectoryHeader(num_tokens=len(t.tokens), reward=t.reward, is_truncated=t.is_truncated) for t in group.trajectories
+        TrajectoryHeader(num_tokens=len(t.tokens), reward=t.reward, is_truncated=t.is_truncated)
+        for t in group.trajectories
     )
     return GroupHeader(
         lease_id=group.lease_id, num_prompt_tokens=group.num_prompt_tokens, trajectories=rows, **envelope
@@ -57,12 +57,12 @@ def read_group(header: GroupHeader, frames: Sequence[Buffer], limits: GroupLimit
 
 def to_blob(header: GroupHeader, frames: Sequence[Buffer]) -> bytes:
     """One blob, for the journal."""
-    return cast(bytes, msgpack.packb([bytes(frame) for frame in encode(header, frames)]))
+    return pack([bytes(frame) for frame in encode(header, frames)])
 
 
 def from_blob(blob: bytes) -> TrajectoryGroup:
     """The group of a blob that was checked before it was written."""
-    frames = cast("list[bytes]", msgpack.unpackb(blob))
+    frames: list[bytes] = unpack(blob)
     envelope = decode(frames, max_bytes=len(blob))
     assert isinstance(envelope.message, GroupHeader)
     return _view_group(envelope.message, envelope.frames)
@@ -93,9 +93,13 @@ def _check_trajectory(trajectory: Trajectory, num_prompt_tokens: int, limits: Gr
     tokens, versions, mask, logprobs = trajectory.tokens, trajectory.versions, trajectory.mask, trajectory.logprobs
     sampled = versions != NOT_SAMPLED
     if len(tokens) <= num_prompt_tokens:
-        raise WireError(f"trajectory: got {len(tokens)} tokens with a prompt of {num_prompt_tokens}, expected an answer")
+        raise WireError(
+            f"trajectory: got {len(tokens)} tokens with a prompt of {num_prompt_tokens}, expected an answer"
+        )
     if tokens.min() < 0 or tokens.max() >= limits.vocab_size:
-        raise WireError(f"trajectory.tokens: got ids {tokens.min()} to {tokens.max()}, expected 0 to {limits.vocab_size - 1}")
+        raise WireError(
+            f"trajectory.tokens: got ids {tokens.min()} to {tokens.max()}, expected 0 to {limits.vocab_size - 1}"
+        )
     if not np.isfinite(logprobs).all() or logprobs.max() > 1e-3:
         raise WireError("trajectory.logprobs: got a value that is no log-prob, expected finite values of at most 0")
     if not np.isfinite(mask).all() or mask.min() < 0:

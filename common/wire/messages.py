@@ -1,7 +1,8 @@
 """Every message between an actor, an evaluator and the learner, as a frozen, bounded model.
 
-Life of a peer: Hello → Welcome; then WorkRequest → Work, groups and evaluation results → Receipt, until Goodbye. Weights travel beside
-it: an Announcement to all, then ManifestRequest → ManifestReply and ChunkRequest → Chunk, each peer at its own pace.
+Life of a peer: Hello → Welcome; then WorkRequest → Work, groups and evaluation results → Receipt, until Goodbye.
+Weights travel beside it: an Announcement to all, then ManifestRequest → ManifestReply and ChunkRequest → Chunk, each
+peer at its own pace.
 """
 
 from enum import StrEnum

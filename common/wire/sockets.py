@@ -50,6 +50,6 @@ def bind(socket: "zmq.Socket[bytes]", host: str, port: int, purpose: str) -> int
         socket.bind(f"tcp://{host}:{port}")
     except zmq.ZMQError as error:
         raise OperatorError(
-            f"network.port: cannot bind {host}:{port} for {purpose} ({error.strerror}), expected a free port of this machine"
+            f"network.port: cannot bind {host}:{port} for {purpose} ({error.strerror}), expected a free port here"
         ) from error
     return port

@@ -1,1 +1,1 @@
-"""The ledger: which prompt was leased to whom, what came back, and in which optimizer step it ended. It never rolls back."""
+"""The ledger: which prompt was leased to whom, what came back, in which step it was trained. It never rolls back."""

@@ -1,7 +1,8 @@
-"""The ledger on SQLite: lease → committed → training → trained, or dropped with a reason. Every method is one transaction.
+"""The ledger on SQLite: lease → committed → training → trained, or dropped. Every method is one transaction.
 
-Admission is arithmetic. With G groups per step, bound S and v the version that the asking actor serves, group number n (dropped ones not
-counted) is leased only if n <= (v + S + 1)·G. Trained in lease order it is used at step ceil(n/G) − 1 <= v + S: at most S steps late.
+Admission is arithmetic. With G groups per step, bound S and v the version that the asking actor serves, group number n
+(dropped ones not counted) is leased only if n <= (v + S + 1)·G. Trained in lease order it is used at step
+ceil(n/G) − 1 <= v + S: at most S steps late.
 """
 
 import json
@@ -20,7 +21,6 @@ from learner.ledger.schema import SCHEMA_VERSION, TABLES
 
 MAX_LEASES_PER_GROUP = 8
 """A prompt that was leased this often without a result is taken for poison and dropped."""
-
 
 DISK_ERRORS = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_BUSY")
 
@@ -80,7 +80,9 @@ class Ledger:
             self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + TABLES)
             self._open_run()
         except sqlite3.Error as error:
-            raise OperatorError(f"{path}: {error}, expected a ledger of an earlier start or a folder to create one in") from error
+            raise OperatorError(
+                f"{path}: {error}, expected a ledger of an earlier start or a folder to create one in"
+            ) from error
 
     def _open_run(self) -> None:
         with self._transaction():
@@ -99,18 +101,18 @@ class Ledger:
     ) -> list[GrantedLease]:
         """Up to `capacity` leases for an actor that serves `serving_step`.
 
-        First those that it was granted but does not hold (a reply was lost), then groups whose lease expired, oldest first, then
-        new prompts as far as admission allows.
+        First those that it was granted but does not hold (a reply was lost), then groups whose lease expired, oldest
+        first, then new prompts as far as admission allows.
         """
         with self._transaction():
             known = set(held)
             active = self._db.execute(
-                "SELECT lease_id, group_id, prompt_index FROM leases JOIN groups USING (group_id) "
-                "WHERE session = ? AND leases.state = 'active' ORDER BY group_id", (session,),
+                "SELECT lease_id, group_id, prompt_index FROM leases JOIN groups USING (group_id) WHERE session = ? "
+                "AND leases.state = 'active' AND groups.state = 'leased' ORDER BY group_id", (session,),
             )  # fmt: skip
-            granted = [GrantedLease(*row) for row in active if row[0] not in known]
+            granted = [GrantedLease(*row) for row in active if row[0] not in known][:capacity]
             limit = (serving_step + self._max_staleness + 1) * self._groups_per_step
-            for group_id, prompt_index in self._leasable(limit, max(capacity - len(granted), 0)):
+            for group_id, prompt_index in self._leasable(limit, capacity - len(granted)):
                 granted.append(self._grant(group_id, prompt_index, actor_id, session))
             return granted
 
@@ -121,8 +123,8 @@ class Ledger:
         orphans = self._db.execute(
             "SELECT group_id, prompt_index FROM groups AS g WHERE state = 'leased' AND NOT EXISTS "
             "(SELECT 1 FROM leases WHERE leases.group_id = g.group_id AND leases.state = 'active') "
-            "AND group_id - (SELECT count(*) FROM groups AS d WHERE d.state = 'dropped' AND d.group_id < g.group_id) <= ? "
-            "ORDER BY group_id LIMIT ?", (limit, count),
+            "AND group_id - (SELECT count(*) FROM groups AS d WHERE d.state = 'dropped' AND d.group_id < g.group_id) "
+            "<= ? ORDER BY group_id LIMIT ?", (limit, count),
         ).fetchall()  # fmt: skip
         num_new = max(0, min(count - len(orphans), limit - (last - num_dropped)))
         fresh = [(group_id, group_id - 1) for group_id in range(last + 1, last + 1 + num_new)]
@@ -141,17 +143,20 @@ class Ledger:
         """Give back the active leases of `session`, `except_for` those; returns how many."""
         with self._transaction():
             rows = self._db.execute("SELECT lease_id FROM leases WHERE session = ? AND state = 'active'", (session,))
-            gone = [row for row in rows.fetchall() if row[0] not in set(except_for)]
-            return self._expire_leases(gone)
+            gone = [lease_id for (lease_id,) in rows.fetchall() if lease_id not in except_for]
+            return sum(self._give_back(lease_id, "expired") for lease_id in gone)
 
     def expire_lease(self, lease_id: str) -> int:
-        """Give back one lease, whose actor failed on it."""
+        """Give back one lease, whose actor failed on it; it cannot be reclaimed."""
         with self._transaction():
-            return self._expire_leases([(lease_id,)])
+            return self._give_back(lease_id, "failed")
 
-    def _expire_leases(self, lease_ids: Sequence[tuple[str]]) -> int:
-        self._db.executemany("UPDATE leases SET state = 'expired' WHERE lease_id = ? AND state = 'active'", lease_ids)
-        for (lease_id,) in lease_ids:
+    def _give_back(self, lease_id: str, state: str) -> int:
+        """End an active lease; its group is dropped where this was one too many. Returns how many ended."""
+        ended = self._db.execute(
+            "UPDATE leases SET state = ? WHERE lease_id = ? AND state = 'active'", (state, lease_id)
+        )
+        if ended.rowcount:
             poisoned = self._db.execute(
                 "UPDATE groups SET state = 'dropped', reason = ? WHERE state = 'leased' AND num_leases >= ? "
                 "AND group_id = (SELECT group_id FROM leases WHERE lease_id = ?)",
@@ -159,16 +164,24 @@ class Ledger:
             )
             if poisoned.rowcount:
                 self.changed.notify_all()
-        return len(lease_ids)
+        return ended.rowcount
 
     def reclaim(self, lease_ids: Sequence[str], session: str) -> None:
-        """Leases that a restarted learner took for expired, but whose actor still works on them, are active again."""
+        """Leases of `session` that were taken for expired, but that it still works on, are active again."""
         with self._transaction():
             self._db.executemany(
-                "UPDATE leases SET state = 'active', session = ? WHERE lease_id = ? AND state = 'expired' AND NOT EXISTS "
+                "UPDATE leases SET state = 'active' WHERE lease_id = ? AND session = ? AND state = 'expired' "
+                "AND EXISTS (SELECT 1 FROM groups AS g WHERE g.group_id = leases.group_id AND g.state = 'leased') "
+                "AND NOT EXISTS "
                 "(SELECT 1 FROM leases AS other WHERE other.group_id = leases.group_id AND other.state = 'active')",
-                [(session, lease_id) for lease_id in lease_ids],
+                [(lease_id, session) for lease_id in lease_ids],
             )
+
+    def was_issued_to(self, lease_id: str, actor_id: str) -> bool:
+        """Whether `actor_id` was ever granted this lease."""
+        with self._lock:
+            query = "SELECT count(*) FROM leases WHERE lease_id = ? AND actor_id = ?"
+            return self._count(query, (lease_id, actor_id)) == 1
 
     # Results
 
@@ -176,20 +189,23 @@ class Ledger:
         """Journal a group's result. The first one for a prompt wins; any later one is `redelivered`."""
         with self._transaction():
             row = self._db.execute(
-                "SELECT group_id, leases.actor_id, groups.state FROM leases JOIN groups USING (group_id) WHERE lease_id = ?",
-                (lease_id,),
-            ).fetchone()
+                "SELECT group_id, leases.actor_id, groups.state FROM leases JOIN groups USING (group_id) "
+                "WHERE lease_id = ?", (lease_id,),
+            ).fetchone()  # fmt: skip
             if row is None:
                 return Outcome.REFUSED, f"lease {lease_id} was never issued"
             group_id, actor_id, state = row
             if state != "leased":
-                self._db.execute("UPDATE leases SET state = 'fulfilled' WHERE lease_id = ? AND state = 'active'", (lease_id,))
+                self._db.execute(
+                    "UPDATE leases SET state = 'fulfilled' WHERE lease_id = ? AND state = 'active'", (lease_id,)
+                )
                 self._db.execute("INSERT INTO redeliveries VALUES (1)")
                 return Outcome.REDELIVERED, f"group {group_id} is {state}"
             self._db.execute("INSERT INTO bodies VALUES (?, ?)", (group_id, body))
             self._db.execute(
-                "UPDATE groups SET state = 'committed', winner = ?, actor_id = ?, min_version = ?, num_trajectories = ? "
-                "WHERE group_id = ?", (lease_id, actor_id, min_version, num_trajectories, group_id),
+                "UPDATE groups SET state = 'committed', winner = ?, actor_id = ?, min_version = ?, "
+                "num_trajectories = ? WHERE group_id = ?",
+                (lease_id, actor_id, min_version, num_trajectories, group_id),
             )  # fmt: skip
             self._db.execute("UPDATE leases SET state = 'fulfilled' WHERE lease_id = ?", (lease_id,))
             self.changed.notify_all()
@@ -200,7 +216,8 @@ class Ledger:
     def ready(self, step: int, *, waits_for_oldest: bool) -> list[int]:
         """Groups that the batch of `step` can be cut from now, in lease order, at most one step's worth.
 
-        Sweeps out those that have become too stale. Where `waits_for_oldest`, the list ends before the first prompt still leased.
+        Sweeps out those that have become too stale. Where `waits_for_oldest`, the list ends before the first prompt
+        still leased.
         """
         with self._transaction():
             swept = self._db.execute(
@@ -208,7 +225,9 @@ class Ledger:
                 (DropReason.STALE, step, self._max_staleness),
             )
             if swept.rowcount:
-                self._db.execute("DELETE FROM bodies WHERE group_id IN (SELECT group_id FROM groups WHERE state = 'dropped')")
+                self._db.execute(
+                    "DELETE FROM bodies WHERE group_id IN (SELECT group_id FROM groups WHERE state = 'dropped')"
+                )
             oldest = self._count("SELECT coalesce(min(group_id), 1 << 62) FROM groups WHERE state = 'leased'")
             rows = self._db.execute(
                 "SELECT group_id FROM groups WHERE state = 'committed' AND group_id < ? ORDER BY group_id LIMIT ?",
@@ -248,7 +267,8 @@ class Ledger:
         """The journaled groups, in the order asked."""
         with self._lock:
             return [
-                self._db.execute("SELECT body FROM bodies WHERE group_id = ?", (group_id,)).fetchone()[0] for group_id in group_ids
+                self._db.execute("SELECT body FROM bodies WHERE group_id = ?", (group_id,)).fetchone()[0]
+                for group_id in group_ids
             ]
 
     def actor_ids(self, group_ids: Sequence[int]) -> list[str]:
@@ -266,9 +286,9 @@ class Ledger:
         """Forget the tokens of groups trained before `before_step`, which every kept checkpoint covers."""
         with self._transaction():
             self._db.execute(
-                "DELETE FROM bodies WHERE group_id IN (SELECT group_id FROM groups WHERE state = 'trained' AND step < ?)",
-                (before_step,),
-            )
+                "DELETE FROM bodies WHERE group_id IN "
+                "(SELECT group_id FROM groups WHERE state = 'trained' AND step < ?)", (before_step,),
+            )  # fmt: skip
 
     # Evaluations
 
@@ -280,7 +300,9 @@ class Ledger:
 
     def owed_evaluations(self) -> list[int]:
         with self._lock:
-            return [step for (step,) in self._db.execute("SELECT step FROM evaluations WHERE result IS NULL ORDER BY step")]
+            return [
+                step for (step,) in self._db.execute("SELECT step FROM evaluations WHERE result IS NULL ORDER BY step")
+            ]
 
     def finish_evaluation(self, step: int, result: dict[str, object]) -> Outcome:
         with self._transaction():
@@ -364,5 +386,7 @@ class Ledger:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorname.startswith(DISK_ERRORS):
-                    raise OperatorError(f"{self._path}: {error}, expected free disk space and a writable file") from error
+                    raise OperatorError(
+                        f"{self._path}: {error}, expected free disk space and a writable file"
+                    ) from error
                 raise

@@ -26,7 +26,7 @@ CREATE TABLE IF NOT EXISTS leases (
     group_id INTEGER NOT NULL REFERENCES groups (group_id),
     actor_id TEXT NOT NULL,
     session TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('active', 'expired', 'fulfilled'))
+    state TEXT NOT NULL CHECK (state IN ('active', 'expired', 'failed', 'fulfilled'))
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS active_leases ON leases (session) WHERE state = 'active';
 CREATE INDEX IF NOT EXISTS leases_by_group ON leases (group_id);
@@ -50,6 +50,7 @@ CREATE TABLE IF NOT EXISTS evaluations (
 CREATE TABLE IF NOT EXISTS redeliveries (count INTEGER NOT NULL);
 
 CREATE VIEW IF NOT EXISTS audit_groups AS
-    SELECT group_id, winner AS lease_id, actor_id, state, reason, step, min_version, step - min_version AS staleness, num_trajectories
+    SELECT group_id, winner AS lease_id, actor_id, state, reason, step, min_version, step - min_version AS staleness,
+        num_trajectories
     FROM groups;
 """

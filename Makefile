@@ -1,0 +1,47 @@
+# The verbs of chord-rl. Each sets up .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+MODEL := models/smollm2-135m
+DEMO := deploy/recipes/demo.toml
+EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+
+.PHONY: help demo test check fix
+
+help:
+	@echo "make demo   train SmolLM2-135M to add and subtract, from nothing to a summary"
+	@echo "make test   every test"
+	@echo "make check  format, lint and types"
+	@echo "make fix    format and mend what can be mended"
+
+demo: $(READY) $(MODEL)/config.json
+	$(BIN)/chord-expert import reasoning_gym --num-rows 1000 --config $(DEMO)
+	$(BIN)/chord-local --fresh --config $(DEMO)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+fix: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+$(MODEL)/config.json: | $(READY)
+	$(BIN)/python deploy/models/smollm2.py $(MODEL)
+
+# torch first and exactly: where a CPU build lies at hand it is taken, and the ranges below are satisfied by it.
+$(READY): pyproject.toml
+	@echo "setting up $(VENV) (a few minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),demo,dev]" || { \
+		echo "vLLM does not install here: going on without it, actors will use the transformers engine"; \
+		$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"; }
+	@$(BIN)/python -W ignore -c "import torchvision" 2>/dev/null || \
+		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $(READY)

@@ -1,0 +1,247 @@
+"""The transformers engine: runs wherever torch does. Answers asked for together are decoded together, in one thread.
+
+A batch is left-padded and keeps its keys and values; a row that ends leaves it; new answers join at the next batch.
+New weights are copied into the model between two decoding steps, and the batch goes on with the keys and values it has.
+"""
+
+import asyncio
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from actors.engine import Answer, FinishReason, SamplingParameters, check_prompt
+from common.config.schema import Actor
+from common.version import Version
+from common.weights.snapshot import Snapshot
+
+MAX_ROWS = 64
+COLLECT_S = 0.01
+"""How long the first answer of a batch waits for others that are asked for with it."""
+SHRINK_FRAC = 0.75
+"""Ended rows leave the batch, a copy of all keys and values, once no more than this fraction goes on."""
+HEAD = "lm_head.weight"
+CLOSED = "transformers: the engine is closed"
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer in the making."""
+
+    prompt: Sequence[int]
+    temperature: float
+    max_tokens: int
+    random: np.random.Generator
+    future: Future[Answer] = field(default_factory=Future)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    def append(self, token: int, logprob: float, version: int, *, is_end: bool) -> None:
+        """Take the next token; one that ends the answer resolves the future."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.versions.append(version)
+        if is_end or len(self.tokens) == self.max_tokens:
+            self._finish(FinishReason.STOP if is_end else FinishReason.LENGTH)
+
+    def _finish(self, finish: FinishReason) -> None:
+        versions = np.asarray(self.versions, dtype=np.int32)
+        logprobs = np.asarray(self.logprobs, dtype=np.float32)
+        self.future.set_result(Answer(np.asarray(self.tokens, dtype=np.int32), logprobs, versions, finish))
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    """Weights that wait to be copied into the model."""
+
+    snapshot: Snapshot
+    in_flight: bool
+    future: Future[None] = field(default_factory=Future)
+
+
+class TransformersEngine:
+    """A model, a thread that has it to itself, and two queues: answers to begin and weights to load."""
+
+    name = "transformers"
+
+    def __init__(self, model_path: Path, *, actor: Actor, vocab_size: int, end_tokens: frozenset[int]) -> None:
+        self._model_path = model_path
+        self._actor = actor
+        self._vocab_size = vocab_size
+        self._end_tokens = end_tokens
+        self._version: Version | None = None
+        self._rows: deque[Row] = deque()
+        self._loads: deque[Load] = deque()
+        self._started: Future[None] = Future()
+        self._has_work = threading.Event()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._work, name="transformers-engine", daemon=True)
+
+    @property
+    def version(self) -> Version | None:
+        return self._version
+
+    async def start(self) -> None:
+        self._thread.start()
+        await asyncio.wrap_future(self._started)
+
+    async def load(self, snapshot: Snapshot, *, in_flight: bool = True) -> None:
+        self._refuse_if_closed()
+        load = Load(snapshot, in_flight)
+        self._loads.append(load)
+        self._has_work.set()
+        # Shielded: a caller that gives up does not undo a load that has begun.
+        await asyncio.shield(asyncio.wrap_future(load.future))
+
+    async def sample(self, prompt: Sequence[int], sampling: SamplingParameters) -> Answer:
+        self._refuse_if_closed()
+        check_prompt(prompt, vocab_size=self._vocab_size, max_model_tokens=self._actor.max_model_tokens)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        max_tokens = min(sampling.max_tokens, self._actor.max_model_tokens - len(prompt))
+        row = Row(prompt, sampling.temperature, max_tokens, np.random.default_rng(seed))
+        self._rows.append(row)
+        self._has_work.set()
+        return await asyncio.wrap_future(row.future)
+
+    async def close(self) -> None:
+        self._is_closing = True
+        self._has_work.set()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def _refuse_if_closed(self) -> None:
+        if self._is_closing:
+            raise RuntimeError(CLOSED)
+
+    def _work(self) -> None:
+        """The thread: takes rows and loads from the queues until the engine is closed."""
+        try:
+            self._model = load_model(self._model_path, self._actor)
+        except Exception as error:
+            self._started.set_exception(error)
+            return
+        self._started.set_result(None)
+        while not self._is_closing:
+            self._has_work.wait()
+            self._has_work.clear()
+            time.sleep(COLLECT_S)
+            self._apply_loads(is_between_batches=True)
+            while self._rows and not self._is_closing:
+                self._decode([self._rows.popleft() for _ in range(min(MAX_ROWS, len(self._rows)))])
+                self._apply_loads(is_between_batches=True)
+        for waiting in (*self._rows, *self._loads):
+            if waiting.future.set_running_or_notify_cancel():
+                waiting.future.set_exception(RuntimeError(CLOSED))
+
+    def _apply_loads(self, *, is_between_batches: bool) -> None:
+        while self._loads and (is_between_batches or self._loads[0].in_flight):
+            load = self._loads.popleft()
+            try:
+                copy_weights(load.snapshot.path, self._model)
+            except Exception as error:
+                load.future.set_exception(error)
+            else:
+                self._version = load.snapshot.version
+                load.future.set_result(None)
+
+    def _decode(self, rows: list[Row]) -> None:
+        """Decode `rows` to their ends; what goes wrong ends all of them."""
+        rows = [row for row in rows if row.future.set_running_or_notify_cancel()]
+        try:
+            with torch.inference_mode():
+                self._decode_batch(rows)
+        except Exception as error:
+            for row in rows:
+                if not row.future.done():
+                    row.future.set_exception(error)
+
+    def _decode_batch(self, rows: list[Row]) -> None:
+        device = self._model.device
+        inputs, mask = (tensor.to(device) for tensor in pad_left([row.prompt for row in rows]))
+        cache = DynamicCache(config=self._model.config)
+        while rows:
+            self._refuse_if_closed()
+            self._apply_loads(is_between_batches=False)
+            if self._version is None:
+                raise RuntimeError("transformers: no weights are loaded")
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+            logits = self._model(
+                input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+            ).logits[:, -1]
+            tokens, logprobs = draw(logits, [row.temperature for row in rows], [row.random.random() for row in rows])
+            for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+                if not row.future.done():
+                    row.append(token, logprob, self._version.step, is_end=token in self._end_tokens)
+            live = [index for index, row in enumerate(rows) if not row.future.done()]
+            if len(live) <= SHRINK_FRAC * len(rows):
+                kept = torch.tensor(live, dtype=torch.long, device=device)
+                cache.batch_select_indices(kept)
+                rows, tokens, mask = [rows[index] for index in live], tokens[kept], mask[kept]
+            inputs = tokens[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+
+
+def load_model(model_path: Path, actor: Actor) -> PreTrainedModel:
+    """Called in the engine's thread, the one whose number of OpenMP threads it sets."""
+    if actor.num_threads > 0:
+        torch.set_num_threads(actor.num_threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = fastest_dtype(device) if actor.dtype == "auto" else actor.dtype
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+    return model.to(device).eval()
+
+
+def fastest_dtype(device: str) -> str:
+    """bfloat16 is the faster where matrix units take it (2.0 times on a CPU with AMX), and the slower elsewhere."""
+    return "bfloat16" if device == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False) else "float32"
+
+
+@torch.no_grad()
+def copy_weights(path: Path, model: PreTrainedModel) -> None:
+    """Copy a snapshot into `model` once its names and shapes are found to be the model's; a tied head may be missing."""
+    got, expected = load_file(path), model.state_dict()
+    optional = {HEAD} if model.config.tie_word_embeddings else set()
+    wrong = got.keys() ^ expected.keys() - optional
+    wrong |= {name for name in got.keys() & expected.keys() if got[name].shape != expected[name].shape}
+    if wrong:
+        name = min(wrong)
+        shapes = [tuple(tensors[name].shape) if name in tensors else "none" for tensors in (got, expected)]
+        raise ValueError(
+            f"{path}: {len(wrong)} tensors do not fit the model, first {name}: got {shapes[0]}, expected {shapes[1]}"
+        )
+    for name, tensor in got.items():
+        expected[name].copy_(tensor)
+
+
+def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [B, T], T the longest prompt."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def draw(logits: Tensor, temperatures: Sequence[float], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """A token per row of `logits` [B, V] and its log-prob [B], by one uniform number in [0, 1) per row.
+
+    Inverse of the cumulative distribution; temperature 0 takes the likeliest token, with its log-prob at temperature 1.
+    """
+    temperature = torch.tensor(temperatures, device=logits.device)[:, None]
+    logprobs = torch.log_softmax(logits.float() / torch.where(temperature == 0, 1.0, temperature), dim=-1)
+    cumulative = logprobs.double().exp().cumsum(dim=-1)  # in float32 the tail of a large vocabulary would be lost
+    target = torch.tensor(uniforms, device=logits.device, dtype=torch.float64)[:, None] * cumulative[:, -1:]
+    sampled = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
+    tokens = torch.where(temperature == 0, logprobs.argmax(dim=-1, keepdim=True), sampled)
+    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]

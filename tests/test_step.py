@@ -1,0 +1,207 @@
+"""One optimizer step: log-probs are the model's own, and the gradient is the same however the step is cut up."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from learner.batch import TrainBatch, build_batch
+from learner.objective.chord import chord_loss, expert_loss
+from learner.objective.importance import Correction
+from learner.objective.policy import policy_loss
+from learner.policy_model import PolicyModel, load_policy_model
+from learner.ranks import Ranks
+from learner.rows import Row, deal, micro_batches, split_to_budget, unshare
+from tests import reference
+from tests.steps import CPU, MU, VOCABULARY, make_engine, some_rows, take_steps, weights_of
+from tests.tiny_model import make_tiny_model
+
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def model(model_path: Path) -> PolicyModel:
+    return load_policy_model(model_path, dtype=torch.float32, head_chunk_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Ranks:
+    return Ranks(CPU)
+
+
+def gradients(model: PolicyModel, micro_batches: list[TrainBatch], *, num_policy: float, num_expert: float) -> dict[str, Tensor]:
+    """The gradient of a whole step, summed over micro-batches."""
+    model.zero_grad()
+    for batch in micro_batches:
+        logprobs, _ = model(batch)
+        policy, _ = policy_loss(
+            logprobs, batch.behavior_logprobs, batch.advantages, batch.policy_mask,
+            correction=Correction(kind="tis"), num_tokens=num_policy,
+        )  # fmt: skip
+        expert, _ = expert_loss(logprobs, batch.expert_mask, weighting="phi", num_tokens=num_expert)
+        chord_loss(policy, expert, mu=MU).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def token_counts(rows: list[Row]) -> dict[str, float]:
+    batch = build_batch(rows)
+    return {"num_policy": float(batch.policy_mask.sum()), "num_expert": float(batch.expert_mask.sum())}
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
+    assert ours.keys() == theirs.keys()
+    scale = max(float(tensor.abs().max()) for tensor in theirs.values())
+    worst = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    assert worst <= tolerance * max(scale, 1.0), f"differ by {worst} at scale {scale}"
+
+
+def test_logprobs_are_the_models_own_at_the_rows_temperature(model: PolicyModel) -> None:
+    for row in some_rows():
+        batch = build_batch([row])
+        ours, entropies = model(batch)
+        for b, branch in enumerate(row.branches):
+            tokens = np.concatenate([row.prompt, branch.tokens])
+            logits = model.lm(input_ids=torch.from_numpy(tokens[None]).long()).logits[0].detach() / branch.temperature
+            theirs = logits.log_softmax(-1)[torch.arange(len(row.prompt) - 1, len(tokens) - 1)]
+            wanted = branch.mask > 0
+            picked = theirs[torch.arange(len(branch.tokens)), torch.from_numpy(branch.tokens).long()]
+            size = len(branch.tokens)
+            torch.testing.assert_close(ours[b, :size][wanted], picked[wanted], atol=1e-4, rtol=0)
+            entropy = -(theirs.exp() * theirs).sum(-1)
+            torch.testing.assert_close(entropies[b, :size][wanted], entropy[wanted], atol=1e-4, rtol=0)
+            assert not ours[b][batch.mask[b] == 0].any()
+
+
+def test_vocabulary_logits_exist_for_loss_bearing_tokens_only_and_a_chunk_at_a_time(model: PolicyModel) -> None:
+    seen: list[int] = []
+    model.lm.get_output_embeddings().register_forward_hook(lambda _, arguments, __: seen.append(arguments[0].shape[0]))
+    batch = build_batch(some_rows())
+    model(batch)
+    assert max(seen) <= 16
+    assert sum(seen) == int((batch.mask > 0).sum())
+
+
+@pytest.mark.parametrize("budget", [1, 40, 64, 150, 4096])
+@pytest.mark.parametrize("shares_prompts", [True, False])
+def test_the_gradient_is_the_same_for_every_split_into_micro_batches(
+    model: PolicyModel, budget: int, shares_prompts: bool
+) -> None:
+    rows = some_rows()
+    counts = token_counts(rows)
+    whole = gradients(model, [build_batch(rows)], **counts)
+    split = rows if shares_prompts else unshare(rows)
+    parts = [part for row in split for part in split_to_budget(row, budget)]
+    assert_close(gradients(model, [build_batch(some) for some in micro_batches(parts, budget)], **counts), whole)
+
+
+def test_the_gradient_does_not_depend_on_the_order_of_rows(model: PolicyModel) -> None:
+    rows = some_rows()
+    counts = token_counts(rows)
+    forward = gradients(model, [build_batch(rows)], **counts)
+    assert_close(gradients(model, [build_batch(rows[::-1])], **counts), forward)
+
+
+def test_padding_and_masked_tokens_leave_no_trace(model: PolicyModel) -> None:
+    rows = some_rows()
+    counts = token_counts(rows)
+    padded = gradients(model, [build_batch(rows, padding_token=0)], **counts)
+    otherwise = gradients(model, [build_batch(rows, padding_token=VOCABULARY - 1)], **counts)
+    assert all(torch.isfinite(gradient).all() for gradient in padded.values())
+    assert_close(otherwise, padded, tolerance=0.0)
+
+
+def test_the_loss_of_a_step_is_the_papers(model: PolicyModel) -> None:
+    rows = some_rows()
+    counts = token_counts(rows)
+    batch = build_batch(rows)
+    logprobs, _ = model(batch)
+    logprobs.retain_grad()
+    policy, _ = policy_loss(
+        logprobs, batch.behavior_logprobs, batch.advantages, batch.policy_mask,
+        correction=Correction(kind="tis"), num_tokens=counts["num_policy"],
+    )  # fmt: skip
+    expert, _ = expert_loss(logprobs, batch.expert_mask, weighting="phi", num_tokens=counts["num_expert"])
+    loss = chord_loss(policy, expert, mu=MU)
+    loss.backward()
+    slow_policy = reference.policy(
+        logprobs.detach().double().numpy(), batch.behavior_logprobs.double().numpy(), batch.advantages.double().numpy(),
+        batch.policy_mask.double().numpy(), counts["num_policy"], **vars(Correction(kind="tis")),
+    )  # fmt: skip
+    slow_expert = reference.expert(
+        logprobs.detach().double().numpy(), batch.expert_mask.double().numpy(), "phi", counts["num_expert"]
+    )
+    slow_loss, by_policy, by_expert = reference.chord(slow_policy, slow_expert, MU)
+    assert loss.item() == pytest.approx(slow_loss, abs=1e-5)
+    assert logprobs.grad is not None
+    np.testing.assert_allclose(logprobs.grad.numpy(), by_policy + by_expert, atol=1e-5)
+
+
+def test_ranks_get_balanced_shares_and_every_row_once() -> None:
+    rows = some_rows(num_groups=9, num_experts=11)
+    shares = deal(rows, 3)
+    assert sorted(id(row) for share in shares for row in share) == sorted(id(row) for row in rows)
+    loads = [sum(row.num_tokens for row in share) for share in shares]
+    assert max(loads) - min(loads) <= max(row.num_tokens for row in rows)
+
+
+def test_zero_stages_and_splits_give_the_same_weights(model_path: Path, ranks: Ranks) -> None:
+    expected = None
+    for zero_stage, budget in [(0, 4096), (0, 64), (2, 4096), (2, 64)]:
+        engine = make_engine(model_path, ranks, zero_stage=zero_stage)
+        report = take_steps(engine, ranks, some_rows(), budget=budget)
+        weights = weights_of(engine)
+        if expected is None:
+            expected = (weights, report.metrics)
+        assert_close(weights, expected[0], tolerance=1e-5)
+        assert report.metrics == pytest.approx(expected[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(("zero_stage", "num_experts"), [(0, 4), (2, 4), (2, 0)])
+def test_two_ranks_give_the_weights_of_one(
+    model_path: Path, ranks: Ranks, tmp_path: Path, zero_stage: int, num_experts: int
+) -> None:
+    """With no expert row at all, and shares that leave ranks with different numbers of micro-batches."""
+    engine = make_engine(model_path, ranks)
+    report = take_steps(engine, ranks, some_rows(num_experts=num_experts), budget=64)
+    output = tmp_path / "weights.safetensors"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "tests.rank_steps", str(model_path), str(output), str(zero_stage), str(num_experts),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close(load_file(output), weights_of(engine), tolerance=1e-5)
+    metrics = json.loads(output.with_suffix(".json").read_text())
+    assert metrics == pytest.approx(report.metrics, abs=1e-4)
+
+
+def test_a_rank_without_rows_takes_part_in_the_step(model_path: Path, ranks: Ranks) -> None:
+    engine = make_engine(model_path, ranks)
+    before = weights_of(engine)
+    report = engine.step([], mu=0.5, lr=1e-3)
+    assert report.metrics["loss"] == 0.0
+    assert_close(weights_of(engine), before, tolerance=0.0)
+
+
+def test_a_checkpoint_restores_the_run_to_the_bit(model_path: Path, ranks: Ranks, tmp_path: Path) -> None:
+    engine = make_engine(model_path, ranks)
+    take_steps(engine, ranks, some_rows(), count=2)
+    engine.save(tmp_path)
+    take_steps(engine, ranks, some_rows(), count=1)
+    other = make_engine(model_path, ranks)
+    other.restore(tmp_path)
+    take_steps(other, ranks, some_rows(), count=1)
+    assert_close(weights_of(other), weights_of(engine), tolerance=0.0)

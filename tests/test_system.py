@@ -1,0 +1,162 @@
+"""Whole runs of real processes: a learner, two actors and an evaluator with a tiny model over ZeroMQ."""
+
+import signal
+import sqlite3
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.runs import LocalRun, audit_groups, import_experts, read_lines, read_summary, run_module, write_config
+
+
+def check_record(folder: Path, *, num_steps: int, max_staleness: int = 1) -> None:
+    """What every finished run must have left behind, whatever befell it."""
+    summary = read_summary(folder)
+    assert summary["steps"] == num_steps
+    assert summary["lost"] == 0
+    assert summary["duplicates"] == 0
+    assert summary["max_staleness_trained"] <= max_staleness
+    assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == list(range(1, num_steps + 1))
+    steps = [line["step"] for line in read_lines(folder / "eval.jsonl")]
+    assert steps == sorted(set(steps))
+    assert {0, num_steps} <= set(steps)
+    trained = [group for group in audit_groups(folder) if group["state"] == "trained"]
+    assert len(trained) == summary["groups_trained"] == num_steps * 2
+    assert all(0 <= group["staleness"] <= max_staleness for group in trained)
+    with sqlite3.connect(folder / "ledger.sqlite") as database:
+        (num_bodies,) = database.execute("SELECT count(*) FROM batches").fetchone()
+    assert num_bodies == num_steps
+
+
+def test_a_run_trains_evaluates_exports_and_leaves_no_process_behind(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_model, learner={"num_steps": 40}, eval={"every_steps": 20})
+    import_experts(config)
+    with LocalRun(config) as run:
+        run.wait_until(lambda: len(run.components()) == 4)
+        started = list(run.components().values())
+        run.finish()
+    assert not [process for process in started if psutil.pid_exists(process.pid)]
+    check_record(run.folder, num_steps=40)
+    first = read_lines(run.folder / "metrics.jsonl")[0]
+    assert first["num_expert_rows"] == 3
+    assert first["mu"] == pytest.approx(0.1)
+    assert set(read_summary(run.folder)["groups_by_actor"]) == {"actor-0", "actor-1"}
+    final = AutoModelForCausalLM.from_pretrained(run.folder / "final", dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    changed = [not torch.equal(a, b) for a, b in zip(final.parameters(), before.parameters(), strict=True)]
+    assert any(changed)
+
+
+def test_killing_an_actor_changes_nothing_but_the_time(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_model, learner={"num_steps": 6})
+    import_experts(config)
+    with LocalRun(config) as run:
+        run.wait_until(lambda: run.num_steps_done() >= 1)
+        run.components()["actor-0"].kill()
+        run.finish()
+    assert "actor-0 ended with signal SIGKILL: starting it again" in run.output
+    check_record(run.folder, num_steps=6)
+
+
+def test_a_killed_learner_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_model, learner={"num_steps": 7, "checkpoint_every_steps": 2})
+    import_experts(config)
+    with LocalRun(config) as run:
+        run.wait_until(lambda: run.num_steps_done() >= 3)
+        run.components()["learner"].kill()
+        run.finish()
+    check_record(run.folder, num_steps=7)
+    assert read_summary(run.folder)["incarnations"] == 2
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_next_start_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_model, learner={"num_steps": 60, "checkpoint_every_steps": 50})
+    import_experts(config)
+    with LocalRun(config) as run:
+        run.wait_until(lambda: run.num_steps_done() >= 2)
+        run.stop()
+        run.finish(timeout_s=60)
+    done = run.num_steps_done()
+    assert 2 <= done < 60
+    assert (run.folder / "checkpoints" / f"step-{done:08d}").exists()
+    with LocalRun(config, f"learner.num_steps={done + 2}") as run:
+        run.finish()
+    check_record(run.folder, num_steps=done + 2)
+
+
+def test_max_staleness_zero_is_exactly_synchronous(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_model, algorithm={"max_staleness": 0}, learner={"num_steps": 3})
+    import_experts(config)
+    with LocalRun(config) as run:
+        run.finish()
+    check_record(run.folder, num_steps=3, max_staleness=0)
+
+
+def test_sft_needs_no_actor_and_grpo_no_expert(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_model, eval={"every_steps": 0}, learner={"num_steps": 2})
+    import_experts(config)
+    with LocalRun(config, "algorithm.preset=sft", f"run.dir={tmp_path / 'run'}") as run:
+        run.finish()
+    assert read_summary(run.folder)["trajectories_trained"] == 0
+    with LocalRun(config, "--fresh", "algorithm.preset=grpo", "expert.path=/nowhere") as run:
+        run.finish()
+    lines = read_lines(run.folder / "metrics.jsonl")
+    assert [line["num_expert_tokens"] for line in lines] == [0, 0]
+    assert read_summary(run.folder)["trajectories_trained"] == 8
+
+
+def test_two_ranks_train_a_run(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, tiny_model, learner={"num_ranks": 2, "zero_stage": 2, "num_steps": 3, "num_threads": 1}, actor={"num_threads": 1}
+    )
+    import_experts(config)
+    with LocalRun(config) as run:
+        run.finish()
+    check_record(run.folder, num_steps=3)
+
+
+def test_many_simulated_actors_feed_one_learner(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, tiny_model, run={"num_actors": 4}, actor={"engine": "simulated"}, eval={"every_steps": 0},
+        algorithm={"max_staleness": 4}, learner={"num_steps": 8},
+    )  # fmt: skip
+    import_experts(config)
+    with LocalRun(config) as run:
+        run.finish()
+    summary = read_summary(run.folder)
+    assert summary["groups_trained"] == 16
+    assert summary["lost"] == summary["duplicates"] == 0
+
+
+def test_mistakes_end_with_one_line_and_exit_code_two(tiny_model: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, tiny_model))
+    import_experts(Path(config))
+    mistakes = {
+        "model.path=/no/such/folder": "chord-learner: model.path: got '/no/such/folder', expected a Hugging Face folder",
+        "expert.path=/no/such/store": "expert.path",
+        "environment.name=nonesuch": "environment.name: got 'nonesuch', expected one of",
+    }
+    for override, expected in mistakes.items():
+        module = "actors" if override.startswith("environment") else "learner"
+        done = run_module(module, "--config", config, override, check=False)
+        assert done.returncode == 2, done.stderr
+        assert expected in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+
+def test_a_busy_port_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_model, eval={"every_steps": 0}, learner={"num_steps": 60})
+    import_experts(config)
+    with LocalRun(config) as run:
+        run.wait_until(lambda: run.num_steps_done() >= 1)
+        port = next(line for line in (run.folder / "config.toml").read_text().splitlines() if line.startswith("port = "))
+        done = run_module("learner", "--config", str(config), f"network.{port.replace(' ', '')}", "run.dir=" + str(tmp_path / "b"), check=False)
+        other = run_module("learner", "--config", str(run.folder / "config.toml"), check=False)
+        run.process.send_signal(signal.SIGTERM)
+        run.finish(timeout_s=60)
+    assert done.returncode == other.returncode == 2
+    assert "network.port: cannot bind" in done.stderr.splitlines()[-1]
+    assert "is in use by another learner" in other.stderr.splitlines()[-1]

@@ -1,0 +1,272 @@
+"""The vLLM engine, on the real vLLM: what it samples, swaps and leaves behind."""
+
+import asyncio
+import dataclasses
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_model import make_tiny_model, replay, snapshot_of
+
+from actors.engine import Answer, FinishReason, SamplingParameters
+from actors.engines.vllm import VllmEngine
+from common.config.schema import Actor
+from common.weights.snapshot import Snapshot
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not importable"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:", "ignore::FutureWarning:"),  # vLLM's own, at import
+]
+
+VOCAB_SIZE = 320
+END_TOKENS = frozenset({257})
+ACTOR = Actor(dtype="float32", max_model_tokens=512, kv_cache_gib=0.05, num_threads=1)
+LONG_PROMPT = [(7 * index) % 250 for index in range(300)]
+"""Fills two blocks of vLLM's prefix cache."""
+
+
+class Bench:
+    """One engine for all tests of the file, the event loop that it lives in, and two policies."""
+
+    def __init__(self, root: Path) -> None:
+        self.folders = {step: make_tiny_model(root / str(step), seed=step) for step in (1, 2)}
+        self.snapshots = {
+            step: snapshot_of(folder, root / f"{step}.safetensors", step=step) for step, folder in self.folders.items()
+        }
+        self.engine = VllmEngine(self.folders[1], actor=ACTOR, vocab_size=VOCAB_SIZE, end_tokens=END_TOKENS)
+        self._runner = asyncio.Runner()
+
+    def run(self, test: Callable[[], Awaitable[Any]]) -> Any:
+        async def limited() -> Any:
+            async with asyncio.timeout(120):
+                return await test()
+
+        return self._runner.run(limited())
+
+    def close(self) -> None:
+        self.run(self.engine.close)
+        self._runner.close()
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    environment = dict(os.environ)  # vLLM writes into it
+    bench = Bench(tmp_path_factory.mktemp("policies"))
+    bench.run(bench.engine.start)
+    yield bench
+    bench.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    assert not engine_processes(os.getpid())
+
+
+def engine_processes(owner: int) -> list[int]:
+    return [child.pid for child in psutil.Process(owner).children(recursive=True) if "EngineCore" in child.name()]
+
+
+def at_step(snapshot: Snapshot, step: int) -> Snapshot:
+    version = snapshot.version.model_copy(update={"step": step})
+    return dataclasses.replace(snapshot, manifest=dataclasses.replace(snapshot.manifest, version=version))
+
+
+def assert_replays(answer: Answer, prompt: list[int], folders: dict[int, Path], temperature: float = 0.0) -> None:
+    """Each log-prob is the reference's, for the weights that the token's version names, on the keys and values before it."""
+    logits = replay(folders, prompt, answer.tokens.tolist(), answer.versions.tolist())
+    drawn = torch.from_numpy(answer.tokens).long()[:, None]
+    expected = torch.log_softmax(logits / (temperature or 1.0), dim=-1).gather(1, drawn)[:, 0]
+    np.testing.assert_allclose(answer.logprobs, expected, atol=1e-3)
+    if temperature == 0:
+        torch.testing.assert_close(logits.gather(1, drawn), logits.amax(dim=1, keepdim=True), atol=1e-3, rtol=0)
+
+
+def test_it_refuses_to_sample_before_the_first_load(bench: Bench):
+    with pytest.raises(RuntimeError, match="no complete weights are loaded"):
+        bench.run(lambda: bench.engine.sample([1], SamplingParameters(1.0, 1)))
+
+
+@pytest.mark.parametrize("step", [2, 1])
+def test_log_probs_are_those_of_the_loaded_weights_at_the_temperature(bench: Bench, step: int):
+    async def run() -> list[Answer]:
+        await bench.engine.load(bench.snapshots[step])
+        return await asyncio.gather(
+            *(bench.engine.sample([index, 9], SamplingParameters(0.7, 40)) for index in range(8))
+        )
+
+    answers = bench.run(run)
+    assert bench.engine.version == bench.snapshots[step].version
+    for index, answer in enumerate(answers):
+        assert set(answer.versions.tolist()) == {step}
+        assert_replays(answer, [index, 9], bench.folders, temperature=0.7)
+
+
+def test_answers_end_with_an_end_token_or_at_their_limit(bench: Bench):
+    async def run() -> list[Answer]:
+        await bench.engine.load(bench.snapshots[1])
+        return await asyncio.gather(
+            *(bench.engine.sample([index % 9], SamplingParameters(2.0, 150)) for index in range(40))
+        )
+
+    answers = bench.run(run)
+    assert {answer.finish for answer in answers} == set(FinishReason)
+    for answer in answers:
+        assert 257 not in answer.tokens[:-1]
+        assert (answer.tokens[-1] == 257) == (answer.finish is FinishReason.STOP)
+        assert answer.finish is FinishReason.STOP or len(answer.tokens) == 150
+
+
+def test_weights_change_between_two_tokens_and_the_versions_say_where(bench: Bench):
+    """Greedy answers through many loads equal the piecewise reference, which goes on with old keys and values."""
+    prompts = [[index, 3, 5] for index in range(4)]
+
+    async def run() -> tuple[list[Answer], int]:
+        await bench.engine.load(bench.snapshots[1])
+        answers = asyncio.gather(*(bench.engine.sample(prompt, SamplingParameters(0.0, 200)) for prompt in prompts))
+        step = 1
+        while not answers.done():
+            await asyncio.sleep(0.2)
+            step += 1
+            await bench.engine.load(at_step(bench.snapshots[2 - step % 2], step))
+        return await answers, step
+
+    answers, last_step = bench.run(run)
+    folders = {step: bench.folders[2 - step % 2] for step in range(1, last_step + 1)}
+    assert any(len(set(answer.versions.tolist())) > 1 for answer in answers)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert (np.diff(answer.versions) >= 0).all()
+        assert_replays(answer, prompt, folders)
+
+
+def test_a_load_not_in_flight_lets_answers_end_first(bench: Bench):
+    async def run() -> tuple[Answer, Answer]:
+        await bench.engine.load(bench.snapshots[1])
+        running = asyncio.create_task(bench.engine.sample([4], SamplingParameters(0.0, 200)))
+        await asyncio.sleep(0.1)
+        load = asyncio.create_task(bench.engine.load(bench.snapshots[2], in_flight=False))
+        await asyncio.sleep(0.05)
+        after = asyncio.create_task(bench.engine.sample([4], SamplingParameters(0.0, 20)))
+        await load
+        assert running.done()
+        return await running, await after
+
+    running, after = bench.run(run)
+    assert set(running.versions.tolist()) == {1}
+    assert set(after.versions.tolist()) == {2}
+    assert_replays(after, [4], bench.folders)
+
+
+def test_new_answers_never_build_on_keys_and_values_of_older_weights(bench: Bench):
+    async def sample_with(step: int) -> Answer:
+        await bench.engine.load(bench.snapshots[step])
+        await bench.engine.sample(LONG_PROMPT, SamplingParameters(0.0, 1))  # fills the prefix cache
+        return await bench.engine.sample(LONG_PROMPT, SamplingParameters(0.0, 10))
+
+    for step in (1, 2, 1):
+        assert_replays(bench.run(lambda step=step: sample_with(step)), LONG_PROMPT, bench.folders)
+
+
+def test_a_snapshot_that_does_not_fit_keeps_the_version_and_running_answers(bench: Bench, tmp_path: Path):
+    save_file({"model.embed_tokens.weight": torch.zeros(5, 5)}, tmp_path / "wrong")
+    wrong = dataclasses.replace(bench.snapshots[2], path=tmp_path / "wrong")
+
+    async def run() -> Answer:
+        await bench.engine.load(bench.snapshots[1])
+        running = asyncio.create_task(bench.engine.sample([4], SamplingParameters(0.0, 100)))
+        with pytest.raises(ValueError, match=r"20 tensors do not fit .* got \(5, 5\), expected \(320, 64\)"):
+            await bench.engine.load(wrong)
+        with pytest.raises(FileNotFoundError):
+            await bench.engine.load(dataclasses.replace(wrong, path=tmp_path / "absent"))
+        return await running
+
+    answer = bench.run(run)
+    assert bench.engine.version == bench.snapshots[1].version
+    assert_replays(answer, [4], bench.folders)
+
+
+def test_a_load_that_fails_half_way_samples_nothing_until_one_succeeds(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_file({"model.embed_tokens.weight": torch.zeros(5, 5)}, tmp_path / "wrong")
+    monkeypatch.setattr("actors.engines.vllm.check_tensors", lambda *_, **__: None)
+
+    async def run() -> Answer:
+        await bench.engine.load(bench.snapshots[1])
+        running = asyncio.create_task(bench.engine.sample([4], SamplingParameters(0.0, 400)))
+        await asyncio.sleep(0.1)
+        with pytest.raises(Exception, match="collective_rpc"):
+            await bench.engine.load(dataclasses.replace(bench.snapshots[2], path=tmp_path / "wrong"))
+        assert bench.engine.version is None
+        with pytest.raises(RuntimeError, match="ended by abort"):
+            await running
+        with pytest.raises(RuntimeError, match="no complete weights"):
+            await bench.engine.sample([4], SamplingParameters(0.0, 1))
+        await bench.engine.load(bench.snapshots[2])
+        return await bench.engine.sample([4], SamplingParameters(0.0, 20))
+
+    assert_replays(bench.run(run), [4], bench.folders)
+
+
+def test_a_caller_that_gives_up_on_a_load_leaves_the_engine_sampling(bench: Bench):
+    async def run() -> Answer:
+        await bench.engine.load(bench.snapshots[1])
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await bench.engine.load(bench.snapshots[2])
+        return await bench.engine.sample([4], SamplingParameters(0.0, 20))
+
+    answer = bench.run(run)
+    assert set(answer.versions.tolist()) == {2}
+    assert_replays(answer, [4], bench.folders)
+
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from actors.engines.vllm import VllmEngine
+from common.config.schema import Actor
+
+async def main():
+    actor = Actor(dtype="float32", max_model_tokens=64, kv_cache_gib=0.01, num_threads=1)
+    await VllmEngine(Path(sys.argv[1]), actor=actor, vocab_size=320, end_tokens=frozenset()).start()
+    await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_no_engine_process_outlives_an_owner_that_is_killed(tmp_path: Path):
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER)
+    folder = make_tiny_model(tmp_path / "model")
+    owner = subprocess.Popen(
+        [sys.executable, str(script), str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 90
+    while not (children := engine_processes(owner.pid)) and time.monotonic() < deadline:
+        assert owner.poll() is None, f"the owner ended by itself, exit code {owner.returncode}"
+        time.sleep(0.1)
+    owner.send_signal(signal.SIGKILL)  # while it waits for its engine process to be ready
+    owner.wait(timeout=10)
+    assert children
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in children if psutil.pid_exists(pid)], timeout=30)
+    assert not alive, f"{alive} outlived their owner"
+
+
+def test_an_unknown_release_of_vllm_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    from actors.engines.vllm import check_installation
+    from common.errors import OperatorError
+
+    monkeypatch.setattr("vllm.version.__version__", "0.33.1+cpu")
+    with pytest.raises(OperatorError, match=r"^vllm: got version 0\.33\.1\+cpu, expected >=0\.32,<0\.33"):
+        check_installation()
