@@ -73,7 +73,9 @@ class Fitter:
             return
         snapshot = await self._fetch(version, welcome)
         started = time.monotonic()
-        await self._engine.load(snapshot, in_flight=self._in_flight)
+        # After a deliberate rewind versions fall; within one answer they never may.
+        is_rewind = serving is not None and version.step < serving.step
+        await self._engine.load(snapshot, in_flight=self._in_flight and not is_rewind)
         self.load_s = time.monotonic() - started
         for old in self._folder.glob("*.safetensors"):
             if old != snapshot.path:

@@ -73,14 +73,14 @@ def test_a_killed_learner_goes_on_where_it_was(tiny_model: Path, tmp_path: Path)
 
 
 def test_ctrl_c_writes_a_checkpoint_and_the_next_start_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tiny_model, learner={"num_steps": 60, "checkpoint_every_steps": 50})
+    config = write_config(tmp_path, tiny_model, learner={"num_steps": 1000, "checkpoint_every_steps": 500})
     import_experts(config)
     with LocalRun(config) as run:
         run.wait_until(lambda: run.num_steps_done() >= 2)
         run.stop()
         run.finish(timeout_s=60)
     done = run.num_steps_done()
-    assert 2 <= done < 60
+    assert 2 <= done < 1000
     assert (run.folder / "checkpoints" / f"step-{done:08d}").exists()
     with LocalRun(config, f"learner.num_steps={done + 2}") as run:
         run.finish()
@@ -136,7 +136,7 @@ def test_mistakes_end_with_one_line_and_exit_code_two(tiny_model: Path, tmp_path
     import_experts(Path(config))
     mistakes = {
         "model.path=/no/such/folder": "chord-learner: model.path: got '/no/such/folder', expected a Hugging Face folder",
-        "expert.path=/no/such/store": "expert.path",
+        "expert.path=/no/such/store": "/no/such/store: got no such file, expected an expert store",
         "environment.name=nonesuch": "environment.name: got 'nonesuch', expected one of",
     }
     for override, expected in mistakes.items():
@@ -148,7 +148,7 @@ def test_mistakes_end_with_one_line_and_exit_code_two(tiny_model: Path, tmp_path
 
 
 def test_a_busy_port_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tiny_model, eval={"every_steps": 0}, learner={"num_steps": 60})
+    config = write_config(tmp_path, tiny_model, eval={"every_steps": 0}, learner={"num_steps": 100000})
     import_experts(config)
     with LocalRun(config) as run:
         run.wait_until(lambda: run.num_steps_done() >= 1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 import importlib.util
 import os
 import signal
@@ -27,6 +28,7 @@ from common.weights.snapshot import Snapshot
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not importable"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:", "ignore::FutureWarning:"),  # vLLM's own, at import
+    pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"),  # ZeroMQ contexts that vLLM leaves open
 ]
 
 VOCAB_SIZE = 320
@@ -66,6 +68,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     bench.run(bench.engine.start)
     yield bench
     bench.close()
+    gc.collect()  # here, where the warnings of what vLLM leaves open are expected
     os.environ.clear()
     os.environ.update(environment)
     assert not engine_processes(os.getpid())
@@ -81,7 +84,7 @@ def at_step(snapshot: Snapshot, step: int) -> Snapshot:
 
 
 def assert_replays(answer: Answer, prompt: list[int], folders: dict[int, Path], temperature: float = 0.0) -> None:
-    """Each log-prob is the reference's, for the weights that the token's version names, on the keys and values before it."""
+    """Each log-prob is the reference's, for the weights that its version names, on the keys and values before it."""
     logits = replay(folders, prompt, answer.tokens.tolist(), answer.versions.tolist())
     drawn = torch.from_numpy(answer.tokens).long()[:, None]
     expected = torch.log_softmax(logits / (temperature or 1.0), dim=-1).gather(1, drawn)[:, 0]

@@ -1,4 +1,4 @@
-"""The simulated engine: seeded tokens and log-probs at a set speed, without a model; for load, chaos and scale tests."""
+"""The simulated engine: seeded tokens and log-probs at a set speed, no model; for load, chaos and scale tests."""
 
 import asyncio
 import secrets

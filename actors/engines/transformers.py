@@ -210,7 +210,7 @@ def fastest_dtype(device: str) -> str:
 
 @torch.no_grad()
 def copy_weights(path: Path, model: PreTrainedModel) -> None:
-    """Copy a snapshot into `model` once its names and shapes are found to be the model's; a tied head may be missing."""
+    """Copy a snapshot into `model` once its names and shapes are seen to be the model's; a tied head may be missing."""
     got, expected = load_file(path), model.state_dict()
     optional = {HEAD} if model.config.tie_word_embeddings else set()
     wrong = got.keys() ^ expected.keys() - optional

@@ -136,7 +136,7 @@ class VllmEngine:
 
 
 def check_installation() -> None:
-    """Refuse a vLLM that this file was not tested with, and an environment where vLLM would not find our weight loader."""
+    """Refuse a vLLM that this file was not tested with, and one that would not find our weight loader."""
     from vllm.version import __version__ as found
 
     if tuple(found.split(".")[:2]) != TESTED_RELEASE:
@@ -165,6 +165,7 @@ def start_vllm(model_path: Path, actor: Actor) -> "AsyncLLM":
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    on_platform = cpu_arguments(actor) if current_platform.is_cpu() else gpu_arguments(actor)
     arguments = AsyncEngineArgs(
         model=str(model_path),
         skip_tokenizer_init=True,
@@ -178,7 +179,7 @@ def start_vllm(model_path: Path, actor: Actor) -> "AsyncLLM":
         additional_config=Owner(os.getpid()),  # pyright: ignore[reportArgumentType] -- vLLM's own type is wider
         disable_log_stats=True,
         use_tqdm_on_load=False,
-        **(cpu_arguments(actor) if current_platform.is_cpu() else {"gpu_memory_utilization": actor.gpu_memory_frac}),
+        **on_platform,
     )
     return AsyncLLM.from_engine_args(arguments)
 
@@ -194,6 +195,10 @@ def cpu_arguments(actor: Actor) -> dict[str, Any]:
         # As a class: the name "uni" would be turned into "mp", one process more, which binds its threads to cores.
         "distributed_executor_backend": UniProcExecutor,
     }
+
+
+def gpu_arguments(actor: Actor) -> dict[str, Any]:
+    return {"gpu_memory_utilization": actor.gpu_memory_frac}
 
 
 def check_tensors(path: Path, model_path: Path, *, optional: set[str]) -> None:

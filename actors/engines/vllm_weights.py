@@ -102,8 +102,8 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Any]]:
 class Owner:
     """Rides in vLLM's configuration; unpickled in a child process, it ties that process's life to the owner's.
 
-    vLLM's engine process outlives an owner that was killed. The configuration is the first of ours to reach it, before it
-    waits for its owner for the first time.
+    vLLM's engine process outlives an owner that was killed. The configuration is the first of ours to reach it,
+    before it waits for its owner for the first time.
     """
 
     pid: int

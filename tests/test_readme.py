@@ -1,0 +1,57 @@
+"""README keeps its word: its example environment is installed and trained on, and what it names exists."""
+
+import re
+from pathlib import Path
+
+from common.config.schema import Config
+from learner.metrics import GAUGES
+from tests.runs import LocalRun, read_lines, write_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def code_block(marker: str, language: str) -> str:
+    """The first block of `language` after `marker`."""
+    found = re.search(rf"```{language}\n(.*?)```", README.partition(marker)[2], re.DOTALL)
+    assert found, f"README has no {language} block after {marker!r}"
+    return found.group(1)
+
+
+def install_example(folder: Path) -> Path:
+    """The example as an installed package: a module, and the metadata that pip would write for its entry point."""
+    example = code_block("<!-- example:", "python")
+    assert len([line for line in example.splitlines() if line.strip() and not line.startswith(("from", "import"))]) <= 10
+    (folder / "my_package.py").write_text(example)
+    metadata = folder / "my_package-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    entry = code_block("Offer it from any installed package", "toml").splitlines()[-1].replace('"', "")
+    (metadata / "entry_points.txt").write_text(f"[chord_rl.environments]\n{entry}\n")
+    return folder
+
+
+def test_the_example_environment_trains(tiny_model: Path, tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    config = write_config(
+        tmp_path, tiny_model, run={"num_actors": 1}, algorithm={"preset": "grpo"}, learner={"num_steps": 2},
+        environment={"name": "reverse", "options": {"words": ["stone", "river", "cloud", "ember"]}},
+        eval={"every_steps": 2, "num_problems": 2},
+    )  # fmt: skip
+    with LocalRun(config, extra_path=install_example(packages)) as run:
+        run.finish()
+    assert [line["step"] for line in read_lines(run.folder / "metrics.jsonl")] == [1, 2]
+    assert read_lines(run.folder / "eval.jsonl")[-1]["task"] == "reverse"
+
+
+def test_every_configuration_key_that_readme_names_exists() -> None:
+    sections = Config.model_fields
+    for section, key in re.findall(r"`(\w+)\.(\w+)(?: = [^`]*)?`", README):
+        if section in sections and key != "jsonl":
+            assert key in sections[section].annotation.model_fields, f"README names {section}.{key}"  # pyright: ignore
+
+
+def test_every_gauge_shows_a_field_that_readme_explains() -> None:
+    for field in GAUGES:
+        assert field.removesuffix("_max") in README, f"README does not explain {field}"
