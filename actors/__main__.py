@@ -6,7 +6,15 @@ from pathlib import Path
 
 import typer
 
-from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command, start_logging
+from common.command import (
+    CheckOption,
+    ConfigOption,
+    OverridesArgument,
+    new_command,
+    resolve_or_check,
+    run_command,
+    start_logging,
+)
 from common.config.schema import Config
 
 log = logging.getLogger(__name__)

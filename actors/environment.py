@@ -1,7 +1,7 @@
 """The environment protocol: asynchronous and multi-turn; SingleTurn is its simplest case.
 
-An environment is found by name in the entry-point group `chord_rl.environments` and made with the run's seed and the configuration's
-`environment.options`.
+An environment is found by name in the entry-point group `chord_rl.environments` and made with the run's seed and the
+configuration's `environment.options`.
 """
 
 from abc import ABC, abstractmethod
@@ -46,7 +46,7 @@ class Environment(Protocol):
     """An episode with at least this reward counts as solved in an evaluation."""
 
     def episode(self, split: Split, index: int) -> Episode:
-        """A new attempt at task `index`; held-out tasks 0 … n − 1 are all different. Raises IndexError past the last one."""
+        """A new attempt at task `index`; held-out ones all differ. Raises IndexError past the last one."""
         ...
 
 
@@ -83,7 +83,7 @@ class SingleTurnEpisode:
 
 
 def make_environment(name: str, *, seed: int, options: dict[str, Any]) -> Environment:
-    """The environment that an installed package offers under `name`. Raises ConfigError where there is none or it refuses."""
+    """The environment that an installed package offers under `name`. Raises ConfigError where that fails."""
     offered = {entry.name: entry for entry in entry_points(group="chord_rl.environments")}
     if name not in offered:
         raise ConfigError([f"environment.name: got {name!r}, expected one of {', '.join(sorted(offered))}"])

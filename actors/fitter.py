@@ -1,7 +1,7 @@
 """The fitter: keeps the engine on the newest announced weights.
 
-Consumes announcements and the versions that work replies mention; waits for chunks (the weight client's limit); produces loads. An engine
-is given only files whose hash is the one announced for their version.
+Consumes announcements and the versions that work replies mention; waits for chunks (the weight client's limit);
+produces loads. An engine is given only files whose hash is the one announced for their version.
 """
 
 import asyncio
@@ -67,7 +67,7 @@ class Fitter:
             tasks.create_task(self._fit_newest(welcome))
 
     async def fit(self, version: Version, welcome: Welcome) -> None:
-        """Fetch `version` and load it. Raises VersionGone where the learner no longer keeps it, WaitTimeout where it is silent."""
+        """Fetch `version` and load it. Raises VersionGone where it is no longer kept, WaitTimeout on silence."""
         serving = self._engine.version
         if serving and serving.hash == version.hash and serving == version:
             return
@@ -102,7 +102,9 @@ class Fitter:
                 log.info("%s was superseded while it was fetched", wanted)
 
     async def _fetch(self, version: Version, welcome: Welcome) -> Snapshot:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._fetch_in_thread, version, welcome.weights_port)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._fetch_in_thread, version, welcome.weights_port
+        )
 
     def _fetch_in_thread(self, version: Version, port: int) -> Snapshot:
         address = f"tcp://{self._network.host}:{port}"

@@ -95,7 +95,10 @@ class Rollout:
     async def _sample(self, tokens: list[int], sampling: SamplingParameters) -> Answer:
         room = self._max_model_tokens - len(tokens)
         if room < 1:
-            raise PromptTooLong(f"got a prompt of {len(tokens)} tokens, expected fewer than actor.max_model_tokens {self._max_model_tokens}")
+            raise PromptTooLong(
+                f"got a prompt of {len(tokens)} tokens, expected fewer than actor.max_model_tokens "
+                f"({self._max_model_tokens})"
+            )
         try:
             return await self._engine.sample(list(tokens), replace(sampling, max_tokens=min(sampling.max_tokens, room)))
         except Exception as error:

@@ -1,7 +1,8 @@
-"""The actor: asks for leases, runs their groups side by side, sends them until they are acknowledged, and follows the weights.
+"""The actor: asks for leases, runs their groups side by side, sends them until they are acknowledged, and follows the
+weights.
 
-Work loop: consumes leases; waits for room, new weights or the next second; produces group tasks. Each group task: consumes answers;
-waits for its receipt. The fitter runs beside them. Everything ends with `drain`, or with the run.
+Work loop: consumes leases; waits for room, new weights or the next second; produces group tasks. Each group task:
+consumes answers; waits for its receipt. The fitter runs beside them. Everything ends with `drain`, or with the run.
 """
 
 import asyncio
@@ -31,7 +32,14 @@ class Worker:
     """One actor's conductor; engine and link are started and closed by the caller."""
 
     def __init__(
-        self, engine: Engine, rollout: Rollout, link: LearnerLink, fitter: Fitter, metrics: ActorMetrics, *, max_groups: int
+        self,
+        engine: Engine,
+        rollout: Rollout,
+        link: LearnerLink,
+        fitter: Fitter,
+        metrics: ActorMetrics,
+        *,
+        max_groups: int,
     ) -> None:
         self._engine = engine
         self._rollout = rollout
@@ -59,7 +67,7 @@ class Worker:
             self._asking.cancel()
 
     async def run(self) -> str:
-        """Work until the run is over or `drain`; returns the reason. Raises ComponentFailure where engine or learner fails."""
+        """Work until the run is over or `drain`; returns the reason. Raises ComponentFailure where a part fails."""
         following = asyncio.create_task(self._fitter.follow(lambda: self._link.welcome), name="fitter")
         self._asking = asyncio.create_task(self._ask_for_work(following), name="work")
         try:
@@ -149,7 +157,9 @@ class Worker:
         reason = f"{type(error).__name__}: {error}"[:500]
         log.warning("lease %s failed: %s", lease.lease_id, reason)
         self._metrics.count_failure()
-        await self._link.ask(LeaseFailure(lease_id=lease.lease_id, reason=reason), Receipt, phase="the receipt of a failure")
+        await self._link.ask(
+            LeaseFailure(lease_id=lease.lease_id, reason=reason), Receipt, phase="the receipt of a failure"
+        )
 
     async def _say_goodbye(self, reason: str) -> None:
         """Best effort: a learner that has gone needs no goodbye."""

@@ -5,7 +5,15 @@ import sys
 
 import typer
 
-from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command, start_logging
+from common.command import (
+    CheckOption,
+    ConfigOption,
+    OverridesArgument,
+    new_command,
+    resolve_or_check,
+    run_command,
+    start_logging,
+)
 from common.config.schema import Config
 from common.errors import OperatorError
 
@@ -17,7 +25,9 @@ def learner(
     overrides: OverridesArgument = None,
     config: ConfigOption = None,
     check: CheckOption = False,
-    resume: bool = typer.Option(False, "--resume", help="Insist on a checkpoint to go on from (found ones are used anyway)."),
+    resume: bool = typer.Option(
+        False, "--resume", help="Insist on a checkpoint to go on from (found ones are used anyway)."
+    ),
 ) -> None:
     """Run the learner until learner.num_steps optimizer steps are done."""
     resolved = resolve_or_check(config, overrides, check=check).config

@@ -52,7 +52,7 @@ class TrainBatch:
         return TrainBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def attention_mask(self) -> Tensor | None:
-        """[R, 1, L, L] bool: each token sees its prompt and, in its own branch, what came before; None where plainly causal."""
+        """[R, 1, L, L] bool: a token sees its prompt and what came before in its branch; None where plainly causal."""
         if int(self.segments.max()) <= 1:
             return None
         length = self.tokens.shape[1]

@@ -1,6 +1,7 @@
 """The train loop, on every rank: rows → optimizer step → version, until the last step or the wish to stop.
 
-Rank 0 consumes committed groups and expert rows; it waits for actors (with a limit that names them); other ranks wait for rank 0.
+Rank 0 consumes committed groups and expert rows; it waits for actors (with a limit that names them); other ranks wait
+for rank 0.
 """
 
 import logging
@@ -55,7 +56,9 @@ class Conductor:
         self._host = Host(config) if self._ranks.is_first else None
         self._stop_on_signals()
         model = load_policy_model(
-            Path(config.model.path), dtype=getattr(torch, config.model.dtype), head_chunk_tokens=config.learner.head_chunk_tokens
+            Path(config.model.path),
+            dtype=getattr(torch, config.model.dtype),
+            head_chunk_tokens=config.learner.head_chunk_tokens,
         )
         model.compute_dtype = resolve_compute_dtype(config.learner.compute_dtype, device)
         algorithm, learner = config.algorithm, config.learner
@@ -63,8 +66,12 @@ class Conductor:
             kind=algorithm.correction, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high, cap=algorithm.cap,
             band=algorithm.band,
         )  # fmt: skip
-        settings = OptimizerSettings(learner.weight_decay, learner.adam_betas, learner.max_grad_norm, learner.zero_stage)
-        self._engine = TrainEngine(model, self._ranks, device, Objective(correction, algorithm.expert_weighting), settings)
+        settings = OptimizerSettings(
+            learner.weight_decay, learner.adam_betas, learner.max_grad_norm, learner.zero_stage
+        )
+        self._engine = TrainEngine(
+            model, self._ranks, device, Objective(correction, algorithm.expert_weighting), settings
+        )
         self._checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", keep=learner.keep_checkpoints)
         self._meter = Meter(time.monotonic())
 
@@ -116,7 +123,11 @@ class Conductor:
             decay_steps=algorithm.mu_decay_steps,
         )  # fmt: skip
         lr = lr_at(
-            step, peak=learner.lr, warmup_steps=learner.lr_warmup_steps, num_steps=learner.num_steps, schedule=learner.lr_schedule
+            step,
+            peak=learner.lr,
+            warmup_steps=learner.lr_warmup_steps,
+            num_steps=learner.num_steps,
+            schedule=learner.lr_schedule,
         )
         report = self._engine.step(batches, mu=mu, lr=lr)
         train_s = time.monotonic() - train_started
@@ -215,7 +226,9 @@ class Conductor:
                 "learner_tokens_per_s": (report.num_policy_tokens + report.num_expert_tokens) / train_s,
                 "actor_tokens_per_s": max(meter.sampled_tokens - self._meter.sampled_tokens, 0) / elapsed,
                 "learner_wait_frac": rows.wait_s / (now - started),
-                "actor_idle_frac": min(max(meter.idle_s - self._meter.idle_s, 0.0) / elapsed / max(len(peers.all()), 1), 1.0),
+                "actor_idle_frac": min(
+                    max(meter.idle_s - self._meter.idle_s, 0.0) / elapsed / max(len(peers.all()), 1), 1.0
+                ),
                 "weight_bytes_sent": host.server.sent_bytes,
                 "trajectory_bytes_received": host.inbox.received_bytes,
             }

@@ -43,7 +43,9 @@ class Host:
         chat = Chat(Path(config.model.path))
         experts = self._open_experts()
         self.ledger = Ledger(
-            self.run_dir.ledger, groups_per_step=config.learner.groups_per_step, max_staleness=config.algorithm.max_staleness
+            self.run_dir.ledger,
+            groups_per_step=config.learner.groups_per_step,
+            max_staleness=config.algorithm.max_staleness,
         )
         self._check_agreement(experts)
         self.recorder = Recorder(self.run_dir.path, self.ledger)
@@ -65,11 +67,14 @@ class Host:
 
     def _check_agreement(self, experts: ExpertStore | None) -> None:
         """A resumed run must go on with what it began with."""
-        hashes = {"configuration": self._config.agreement_hash, "expert store": experts.fingerprint() if experts else "none"}
+        hashes = {
+            "configuration": self._config.agreement_hash,
+            "expert store": experts.fingerprint() if experts else "none",
+        }
         for name, found in hashes.items():
             if (begun := self.ledger.fact(name, found)) != found:
                 raise OperatorError(
-                    f"{self.run_dir.path}: the run began with {name} {begun}, got {found}: expected the same, or a new run.dir"
+                    f"{self.run_dir.path}: {name}: got {found}, expected {begun} as at its begin, or a new run.dir"
                 )
 
     def _open_network(self, chat: Chat) -> None:
@@ -80,21 +85,38 @@ class Host:
         self.port = bind(socket, network.host, network.port, "actors")
         self.server = WeightServer(context, host=network.host, port=0, limits=limits)
         self.publisher = Publisher(
-            self.run_dir.weights("learner"), self.server, self.ledger, self.recorder, every_steps=config.eval.every_steps,
-            last_step=config.learner.num_steps, chunk_bytes=network.chunk_bytes,
-        )  # fmt: skip
+            self.run_dir.weights("learner"),
+            self.server,
+            self.ledger,
+            self.recorder,
+            every_steps=config.eval.every_steps,
+            last_step=config.learner.num_steps,
+            chunk_bytes=network.chunk_bytes,
+        )
         door = Door(config.agreement_hash, self.server.port, self.server.announcements_port, network.max_message_bytes)
         terms = LeaseTerms(
-            config.algorithm.group_size, config.sampling.temperature, config.sampling.max_tokens, config.run.seed, network.lease_s
+            config.algorithm.group_size,
+            config.sampling.temperature,
+            config.sampling.max_tokens,
+            config.run.seed,
+            network.lease_s,
         )
         self.inbox = Inbox(
-            socket, self.ledger, door=door, terms=terms, vocab_size=chat.vocab_size, newest=lambda: self.publisher.newest,
-            evaluation=self.publisher.evaluation, on_evaluation=self.publisher.finish_evaluation,
-        )  # fmt: skip
+            socket,
+            self.ledger,
+            door=door,
+            terms=terms,
+            vocab_size=chat.vocab_size,
+            newest=lambda: self.publisher.newest,
+            evaluation=self.publisher.evaluation,
+            on_evaluation=self.publisher.finish_evaluation,
+        )
         registry = self.recorder.prometheus.registry
         learner = config.learner
         port = serve_metrics(registry, host=learner.metrics_host, port=learner.metrics_port, key="learner.metrics_port")
-        log.info("actors: tcp://%s:%d, metrics: http://%s:%d/metrics", network.host, self.port, learner.metrics_host, port)
+        log.info(
+            "actors: tcp://%s:%d, metrics: http://%s:%d/metrics", network.host, self.port, learner.metrics_host, port
+        )
         self._is_open = False
 
     def open_for_work(self) -> None:
@@ -119,9 +141,11 @@ class Host:
             self.check_for_end()
             if time.monotonic() - started > self._config.learner.eval_timeout_s:
                 log.error(
-                    "waited %.0f s for evaluations of versions %s from evaluators (%s): gave up", time.monotonic() - started,
-                    owed, self.inbox.peers.describe(),
-                )  # fmt: skip
+                    "waited %.0f s for evaluations of versions %s from evaluators (%s): gave up",
+                    time.monotonic() - started,
+                    owed,
+                    self.inbox.peers.describe(),
+                )
                 break
             with self.ledger.changed:
                 self.ledger.changed.wait(timeout=0.2)
@@ -153,9 +177,14 @@ class Host:
             "evaluations_owed": self.publisher.owed_steps,
             "peers": [
                 {
-                    "peer_id": peer.peer_id, "role": peer.role, "engine": peer.engine, "state": peer.state,
-                    "serving_step": peer.serving_step, "sampled_tokens": peer.sampled_tokens, "silence_s": peer.silence_s,
+                    "peer_id": peer.peer_id,
+                    "role": peer.role,
+                    "engine": peer.engine,
+                    "state": peer.state,
+                    "serving_step": peer.serving_step,
+                    "sampled_tokens": peer.sampled_tokens,
+                    "silence_s": peer.silence_s,
                 }
                 for peer in self.inbox.peers.all()
             ],
-        }  # fmt: skip
+        }

@@ -33,8 +33,12 @@ class LearnerMetrics:
         self.registry = CollectorRegistry()
         self._gauges = {field: Gauge(name, text, registry=self.registry) for field, (name, text) in GAUGES.items()}
         self._groups = Counter("chord_groups_trained_total", "Groups trained.", registry=self.registry)
-        self._tokens = Counter("chord_tokens_trained_total", "Loss-bearing tokens trained.", ["component"], registry=self.registry)
-        self._seconds = Counter("chord_learner_phase_seconds_total", "Time of the train loop.", ["phase"], registry=self.registry)
+        self._tokens = Counter(
+            "chord_tokens_trained_total", "Loss-bearing tokens trained.", ["component"], registry=self.registry
+        )
+        self._seconds = Counter(
+            "chord_learner_phase_seconds_total", "Time of the train loop.", ["phase"], registry=self.registry
+        )
         self._staleness = Histogram(
             "chord_staleness_steps", "Staleness of trained groups.", buckets=(0, 1, 2, 4, 8, 16), registry=self.registry
         )

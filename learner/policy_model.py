@@ -35,7 +35,9 @@ class PolicyModel(nn.Module):
         if wanted.numel() == 0:
             wanted = torch.zeros(1, dtype=torch.int64, device=hidden.device)  # every rank must run head and backward
         temperatures = batch.temperatures[:, None].expand_as(batch.mask).flatten()[wanted]
-        logprobs, entropies = self._score(hidden[batch.sources.flatten()[wanted]], batch.targets.flatten()[wanted], temperatures)
+        logprobs, entropies = self._score(
+            hidden[batch.sources.flatten()[wanted]], batch.targets.flatten()[wanted], temperatures
+        )
         empty = torch.zeros(batch.mask.numel(), dtype=torch.float32, device=hidden.device)
         shape = batch.mask.shape
         return empty.index_put((wanted,), logprobs).view(shape), empty.index_put((wanted,), entropies).view(shape)
@@ -46,7 +48,10 @@ class PolicyModel(nn.Module):
         uses_autocast = self.compute_dtype == torch.bfloat16
         with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16, enabled=uses_autocast):
             return decoder(
-                input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.attention_mask(), use_cache=False
+                input_ids=batch.tokens,
+                position_ids=batch.positions,
+                attention_mask=batch.attention_mask(),
+                use_cache=False,
             ).last_hidden_state.to(next(self.parameters()).dtype)
 
     def _score(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,8 +103,8 @@ def load_policy_model(path: Path, *, dtype: torch.dtype, head_chunk_tokens: int)
 def check_architecture(model: PolicyModel) -> None:
     """Compare shared prompts and the chunked head with the model's own logits, once, on a few tokens.
 
-    An architecture that scales its logits or narrows its attention in a way that this path does not know is refused here, rather
-    than trained wrongly.
+    An architecture that scales its logits or narrows its attention in a way that this path does not know is refused
+    here, rather than trained wrongly.
     """
     prompt, answers = [3, 1, 4, 1, 5], ([9, 2, 6], [5, 3])
     branches = tuple(_plain_branch(answer) for answer in answers)
@@ -112,8 +117,8 @@ def check_architecture(model: PolicyModel) -> None:
         limit = CHECK_TOLERANCE if logits.dtype == next(model.parameters()).dtype else 0.1
         if difference > limit:
             raise OperatorError(
-                f"model.path: {type(model.lm).__name__} differs by {difference:.2g} from its own log-probs when prompts are shared, "
-                "expected a decoder with plain causal attention and a linear head"
+                f"model.path: with shared prompts {type(model.lm).__name__} differs by {difference:.2g} from its own "
+                "log-probs, expected a decoder with plain causal attention and a linear head"
             )
 
 

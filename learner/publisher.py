@@ -1,6 +1,8 @@
-"""The publisher: turns the policy into a version, offers it to the actors, and keeps the versions that evaluations still need.
+"""The publisher: turns the policy into a version, offers it to the actors, and keeps the versions that evaluations
+still need.
 
-Consumes tensors; waits for nobody; produces announcements. An evaluation that is owed pins its version until its result is in.
+Consumes tensors; waits for nobody; produces announcements. An evaluation that is owed pins its version until its
+result is in.
 """
 
 import logging
@@ -20,16 +22,23 @@ from learner.recorder import Recorder
 log = logging.getLogger(__name__)
 
 MAX_OWED = 3
-"""Evaluations that may be owed at a time; further ones are left out, so that a slow evaluator does not fill the disk."""
+"""Evaluations owed at a time at most; further ones are left out: a slow evaluator must not fill the disk."""
 
 
 class Publisher:
     """Owns the folder of snapshots."""
 
     def __init__(
-        self, folder: Path, server: WeightServer, ledger: Ledger, recorder: Recorder, *, every_steps: int, last_step: int,
+        self,
+        folder: Path,
+        server: WeightServer,
+        ledger: Ledger,
+        recorder: Recorder,
+        *,
+        every_steps: int,
+        last_step: int,
         chunk_bytes: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._folder = folder
         self._server = server
         self._ledger = ledger
@@ -46,9 +55,13 @@ class Publisher:
         """Write, announce and offer version `step`."""
         path = self._folder / f"{step:08d}.safetensors"
         snapshot = write_snapshot(
-            tensors, path, run_id=self._ledger.run_id, incarnation=self._ledger.incarnation, step=step,
+            tensors,
+            path,
+            run_id=self._ledger.run_id,
+            incarnation=self._ledger.incarnation,
+            step=step,
             chunk_bytes=self._chunk_bytes,
-        )  # fmt: skip
+        )
         is_owed = self._is_due(step) and self._ledger.owe_evaluation(step)
         if is_owed:
             with self._lock:
@@ -73,11 +86,16 @@ class Publisher:
     def finish_evaluation(self, result: EvaluationResult) -> Outcome:
         """Journal a result, once, and let its version go."""
         line = {
-            "step": result.version.step, "task": result.task, "num_problems": result.num_problems,
-            "num_correct": result.num_correct, "accuracy": result.num_correct / result.num_problems,
-            "mean_score": result.mean_score, "mean_answer_tokens": result.mean_answer_tokens, "wall_s": result.wall_s,
+            "step": result.version.step,
+            "task": result.task,
+            "num_problems": result.num_problems,
+            "num_correct": result.num_correct,
+            "accuracy": result.num_correct / result.num_problems,
+            "mean_score": result.mean_score,
+            "mean_answer_tokens": result.mean_answer_tokens,
+            "wall_s": result.wall_s,
             "version_hash": result.version.hash,
-        }  # fmt: skip
+        }
         outcome = self._ledger.finish_evaluation(result.version.step, line)
         if outcome is Outcome.COMMITTED:
             self._recorder.add_evaluation(line)

@@ -80,4 +80,6 @@ def _to_bytes(batches: Sequence[TrainBatch]) -> bytes:
 def _from_bytes(data: bytes) -> list[TrainBatch]:
     named = safetensors.torch.load(data)
     count = 1 + max(int(name.partition(".")[0]) for name in named)
-    return [TrainBatch(**{field.name: named[f"{i}.{field.name}"] for field in fields(TrainBatch)}) for i in range(count)]
+    return [
+        TrainBatch(**{field.name: named[f"{i}.{field.name}"] for field in fields(TrainBatch)}) for i in range(count)
+    ]

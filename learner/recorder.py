@@ -45,7 +45,7 @@ class Recorder:
         self._earlier_s = 0.0
 
     def rewind(self, step: int) -> None:
-        """Forget the lines after `step` optimizer steps, which are about to be replayed; write eval.jsonl anew from the ledger."""
+        """Forget the lines after `step`, which are about to be replayed; write eval.jsonl anew from the ledger."""
         kept = [line for line in _read_lines(self._metrics_path) if line["step"] <= step]
         self._earlier_s = kept[-1]["run_wall_s"] if kept else 0.0
         _write_lines(self._metrics_path, kept)
@@ -80,7 +80,9 @@ class Recorder:
             "trajectories_trained": self._ledger.num_trained_trajectories(),
             "groups_trained": counts.trained,
             "groups_dropped": counts.dropped,
-            "groups_with_signal_frac": sum(line["num_groups_with_signal"] for line in lines) / num_groups if num_groups else None,
+            "groups_with_signal_frac": sum(line["num_groups_with_signal"] for line in lines) / num_groups
+            if num_groups
+            else None,
             "groups_by_actor": dict(sum((Counter(line["groups_by_actor"]) for line in lines), Counter[str]())),
             "max_staleness_trained": self._ledger.max_trained_staleness(),
             "duplicates": self._ledger.num_duplicates(),

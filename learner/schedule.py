@@ -7,7 +7,7 @@ from typing import Literal
 def lr_at(
     step: int, *, peak: float, warmup_steps: int, num_steps: int, schedule: Literal["constant", "linear", "cosine"]
 ) -> float:
-    """Learning rate of optimizer step `step`, counted from 0: linear warm-up to `peak`, then down to 0 at `num_steps`."""
+    """Learning rate of step `step`, counted from 0: linear warm-up to `peak`, then down to 0 at `num_steps`."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)

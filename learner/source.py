@@ -1,7 +1,7 @@
 """Where a step's rows come from: groups of the ledger, in lease order, and expert rows, drawn without replacement.
 
-Consumes committed groups and the expert store; waits for actors, within a time limit that names them; is unblocked by the inbox;
-produces a composition, committed before its step, and the rows of it.
+Consumes committed groups and the expert store; waits for actors, within a time limit that names them; is unblocked by
+the inbox; produces a composition, committed before its step, and the rows of it.
 """
 
 import time
@@ -107,8 +107,8 @@ class Source:
                 self._check()
                 if time.monotonic() - last_change > limit:
                     raise WaitTimeout(
-                        f"waited {time.monotonic() - started:.0f} s for {self.waiting_for} from actors ({self._describe_peers()}), "
-                        f"expected one within {limit:.0f} s"
+                        f"waited {time.monotonic() - started:.0f} s for {self.waiting_for} from actors "
+                        f"({self._describe_peers()}), expected one within {limit:.0f} s"
                     )
         finally:
             self.waiting_for = ""

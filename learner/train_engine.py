@@ -1,7 +1,8 @@
 """One optimizer step of CHORD with DeepSpeed, on any number of ranks.
 
-The gradient of a step is the same for any split into micro-batches and ranks: each loss is a sum divided by the token counts of the whole
-step, and what DeepSpeed divides by (the rank count; accumulation steps are set to 1) is multiplied back.
+The gradient of a step is the same for any split into micro-batches and ranks: each loss is a sum divided by the token
+counts of the whole step, and what DeepSpeed divides by (the rank count; accumulation steps are set to 1) is
+multiplied back.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,7 @@ class StepReport:
     num_policy_tokens: float
     num_expert_tokens: float
     metrics: dict[str, float]
-    """Means over the step's policy tokens (`policy_…`) and expert tokens (`expert_…`), both losses, their sum, gradient norm."""
+    """Means over policy tokens (`policy_…`) and expert tokens (`expert_…`), the losses, the gradient norm."""
 
 
 class TrainEngine:
@@ -85,7 +86,9 @@ class TrainEngine:
                 totals[name] = totals.get(name, 0.0) + float(value)
         grad_norm = self._take(lr)
         summed = self._ranks.add_up(list(totals.values()))
-        return StepReport(num_policy_tokens, num_expert_tokens, {**dict(zip(totals, summed, strict=True)), "grad_norm": grad_norm})
+        return StepReport(
+            num_policy_tokens, num_expert_tokens, {**dict(zip(totals, summed, strict=True)), "grad_norm": grad_norm}
+        )
 
     def _loss(
         self, batch: TrainBatch, mu: float, num_policy_tokens: float, num_expert_tokens: float
@@ -100,7 +103,12 @@ class TrainEngine:
         )
         entropy = (entropies * batch.policy_mask).sum() / max(num_policy_tokens, 1.0)
         loss = chord_loss(policy, expert, mu=mu)
-        metrics = {"loss": loss.detach(), "policy_loss": policy.detach(), "expert_loss": expert.detach(), "policy_entropy": entropy}
+        metrics = {
+            "loss": loss.detach(),
+            "policy_loss": policy.detach(),
+            "expert_loss": expert.detach(),
+            "policy_entropy": entropy,
+        }
         metrics |= {f"policy_{name}": value for name, value in policy_metrics.items()}
         metrics |= {f"expert_{name}": value for name, value in expert_metrics.items()}
         return loss + 0.0 * logprobs.sum(), metrics  # the second term gives an empty batch something to differentiate
@@ -120,7 +128,7 @@ class TrainEngine:
         return float(norm if sharded_norm is None else sharded_norm)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The policy's weights by their Hugging Face names, on the CPU of rank 0; empty on other ranks. Every rank must call it."""
+        """The policy's weights by Hugging Face name, on rank 0's CPU; empty elsewhere. Every rank must call it."""
         found: dict[str, Tensor] = {}
         for name, parameter in self._named_parameters():
             with self._gathered(parameter):
@@ -140,7 +148,9 @@ class TrainEngine:
 
     def save(self, folder: Path) -> None:
         """Write model, optimizer and random states of this rank into `folder`. Every rank must call it."""
-        self._engine.save_checkpoint(str(folder), tag="state", client_state={"torch_rng": torch.get_rng_state()}, save_latest=False)
+        self._engine.save_checkpoint(
+            str(folder), tag="state", client_state={"torch_rng": torch.get_rng_state()}, save_latest=False
+        )
 
     def restore(self, folder: Path) -> None:
         """Load what `save` wrote with the same number of ranks."""

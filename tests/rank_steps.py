@@ -1,6 +1,6 @@
 """Run by torchrun in tests: the same optimizer steps on two ranks; rank 0 saves the weights and the report.
 
-    rank_steps.py MODEL OUTPUT ZERO_STAGE NUM_EXPERTS
+rank_steps.py MODEL OUTPUT ZERO_STAGE NUM_EXPERTS
 """
 
 import json

@@ -33,7 +33,11 @@ def write_config(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
     for section, values in sections.items():
         base.setdefault(section, {}).update(values)
     path = folder / "config.toml"
-    path.write_text("\n".join(f"[{name}]\n" + "".join(f"{k} = {_toml(v)}\n" for k, v in values.items()) for name, values in base.items()))
+    path.write_text(
+        "\n".join(
+            f"[{name}]\n" + "".join(f"{k} = {_toml(v)}\n" for k, v in values.items()) for name, values in base.items()
+        )
+    )
     return path
 
 
@@ -47,10 +51,16 @@ def import_experts(config: Path, num_rows: int = 40) -> None:
     run_module("learner.expert", "import", "reasoning_gym", "--num-rows", str(num_rows), "--config", str(config))
 
 
-def run_module(module: str, *arguments: str, timeout_s: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run_module(
+    module: str, *arguments: str, timeout_s: float = 120, check: bool = True
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env={**os.environ, **QUIET}, check=False)
-    assert not check or done.returncode == 0, f"{module} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, env={**os.environ, **QUIET}, check=False
+    )
+    assert not check or done.returncode == 0, (
+        f"{module} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
     return done
 
 

@@ -49,7 +49,13 @@ def make_engine(model_path: Path, ranks: Ranks, *, zero_stage: int = 0) -> Train
 
 
 def take_steps(
-    engine: TrainEngine, ranks: Ranks, rows: list[Row], *, budget: int = 4096, shares_prompts: bool = True, count: int = 2
+    engine: TrainEngine,
+    ranks: Ranks,
+    rows: list[Row],
+    *,
+    budget: int = 4096,
+    shares_prompts: bool = True,
+    count: int = 2,
 ) -> StepReport:
     """A few optimizer steps on this rank's share of `rows`."""
     rows = rows if shares_prompts else unshare(rows)

@@ -21,7 +21,9 @@ def code_block(marker: str, language: str) -> str:
 def install_example(folder: Path) -> Path:
     """The example as an installed package: a module, and the metadata that pip would write for its entry point."""
     example = code_block("<!-- example:", "python")
-    assert len([line for line in example.splitlines() if line.strip() and not line.startswith(("from", "import"))]) <= 10
+    assert (
+        len([line for line in example.splitlines() if line.strip() and not line.startswith(("from", "import"))]) <= 10
+    )
     (folder / "my_package.py").write_text(example)
     metadata = folder / "my_package-1.0.dist-info"
     metadata.mkdir()

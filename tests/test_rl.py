@@ -1,4 +1,4 @@
-"""The policy half is alive: with no expert row at all the reward rises, and falls when the advantages have the wrong sign."""
+"""The policy half is alive: without expert rows the reward rises, but not with advantages of the wrong sign."""
 
 import asyncio
 from collections.abc import Sequence
@@ -41,11 +41,15 @@ class Digits(SingleTurn[int]):
 async def train(model_path: Path, folder: Path, *, sign: float) -> list[float]:
     """Mean reward of each step of synchronous GRPO, the advantages times `sign`."""
     chat = Chat(model_path)
-    engine = TransformersEngine(model_path, actor=Actor(dtype="float32"), vocab_size=chat.vocab_size, end_tokens=chat.end_tokens)
+    engine = TransformersEngine(
+        model_path, actor=Actor(dtype="float32"), vocab_size=chat.vocab_size, end_tokens=chat.end_tokens
+    )
     rollout = Rollout(engine, Digits(), chat, max_model_tokens=128)
     model = load_policy_model(model_path, dtype=torch.float32, head_chunk_tokens=512)
     objective = Objective(Correction(kind="tis"), "none")
-    learner = TrainEngine(model, Ranks(torch.device("cpu")), torch.device("cpu"), objective, OptimizerSettings(0.0, (0.9, 0.999), 1.0, 0))
+    learner = TrainEngine(
+        model, Ranks(torch.device("cpu")), torch.device("cpu"), objective, OptimizerSettings(0.0, (0.9, 0.999), 1.0, 0)
+    )
     rewards: list[float] = []
     await engine.start()
     try:
@@ -65,7 +69,12 @@ async def train(model_path: Path, folder: Path, *, sign: float) -> list[float]:
 
 def lease_of(number: int) -> Lease:
     return Lease(
-        lease_id=str(number), prompt_index=number, group_size=GROUP_SIZE, temperature=1.0, max_tokens=8, seed=number * GROUP_SIZE
+        lease_id=str(number),
+        prompt_index=number,
+        group_size=GROUP_SIZE,
+        temperature=1.0,
+        max_tokens=8,
+        seed=number * GROUP_SIZE,
     )
 
 

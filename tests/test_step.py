@@ -41,7 +41,9 @@ def ranks() -> Ranks:
     return Ranks(CPU)
 
 
-def gradients(model: PolicyModel, micro_batches: list[TrainBatch], *, num_policy: float, num_expert: float) -> dict[str, Tensor]:
+def gradients(
+    model: PolicyModel, micro_batches: list[TrainBatch], *, num_policy: float, num_expert: float
+) -> dict[str, Tensor]:
     """The gradient of a whole step, summed over micro-batches."""
     model.zero_grad()
     for batch in micro_batches:

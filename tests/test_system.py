@@ -110,7 +110,10 @@ def test_sft_needs_no_actor_and_grpo_no_expert(tiny_model: Path, tmp_path: Path)
 
 def test_two_ranks_train_a_run(tiny_model: Path, tmp_path: Path) -> None:
     config = write_config(
-        tmp_path, tiny_model, learner={"num_ranks": 2, "zero_stage": 2, "num_steps": 3, "num_threads": 1}, actor={"num_threads": 1}
+        tmp_path,
+        tiny_model,
+        learner={"num_ranks": 2, "zero_stage": 2, "num_steps": 3, "num_threads": 1},
+        actor={"num_threads": 1},
     )
     import_experts(config)
     with LocalRun(config) as run:
@@ -135,7 +138,7 @@ def test_mistakes_end_with_one_line_and_exit_code_two(tiny_model: Path, tmp_path
     config = str(write_config(tmp_path, tiny_model))
     import_experts(Path(config))
     mistakes = {
-        "model.path=/no/such/folder": "chord-learner: model.path: got '/no/such/folder', expected a Hugging Face folder",
+        "model.path=/no/such/folder": "model.path: got '/no/such/folder', expected a Hugging Face folder",
         "expert.path=/no/such/store": "/no/such/store: got no such file, expected an expert store",
         "environment.name=nonesuch": "environment.name: got 'nonesuch', expected one of",
     }
@@ -152,8 +155,17 @@ def test_a_busy_port_is_named(tiny_model: Path, tmp_path: Path) -> None:
     import_experts(config)
     with LocalRun(config) as run:
         run.wait_until(lambda: run.num_steps_done() >= 1)
-        port = next(line for line in (run.folder / "config.toml").read_text().splitlines() if line.startswith("port = "))
-        done = run_module("learner", "--config", str(config), f"network.{port.replace(' ', '')}", "run.dir=" + str(tmp_path / "b"), check=False)
+        port = next(
+            line for line in (run.folder / "config.toml").read_text().splitlines() if line.startswith("port = ")
+        )
+        done = run_module(
+            "learner",
+            "--config",
+            str(config),
+            f"network.{port.replace(' ', '')}",
+            "run.dir=" + str(tmp_path / "b"),
+            check=False,
+        )
         other = run_module("learner", "--config", str(run.folder / "config.toml"), check=False)
         run.process.send_signal(signal.SIGTERM)
         run.finish(timeout_s=60)

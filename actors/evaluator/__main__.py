@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command, start_logging
+from common.command import (
+    CheckOption,
+    ConfigOption,
+    OverridesArgument,
+    new_command,
+    resolve_or_check,
+    run_command,
+    start_logging,
+)
 from common.config.schema import Config
 
 app = new_command("The evaluator: scores versions of a run, or one model folder, on held-out problems.")
@@ -76,20 +84,26 @@ async def score_folder(config: Config) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             await parts.engine.load(snapshot_of_folder(Path(config.model.path), Path(scratch)))
             score = await evaluate(
-                parts, sampling_of(config), num_problems=config.eval.num_problems, max_concurrency=config.eval.max_concurrency
+                parts,
+                sampling_of(config),
+                num_problems=config.eval.num_problems,
+                max_concurrency=config.eval.max_concurrency,
             )
     finally:
         await parts.engine.close()
     print(
-        f"{config.model.path}: {task_of(config)}: {score.num_correct} of {score.num_problems} right, accuracy {score.accuracy:.3f}, "
+        f"{config.model.path}: {task_of(config)}: {score.num_correct} of {score.num_problems} right, "
+        f"accuracy {score.accuracy:.3f}, "
         f"mean score {score.mean_score:.3f}, {score.mean_answer_tokens:.1f} tokens per answer"
     )
 
 
-def sampling_of(config: Config):  # noqa: ANN201 - SamplingParameters, imported late so that --help stays quick
+def sampling_of(config: Config):
     from actors.engine import SamplingParameters
 
-    return SamplingParameters(temperature=config.eval.temperature, max_tokens=config.sampling.max_tokens, seed=config.run.seed)
+    return SamplingParameters(
+        temperature=config.eval.temperature, max_tokens=config.sampling.max_tokens, seed=config.run.seed
+    )
 
 
 def task_of(config: Config) -> str:

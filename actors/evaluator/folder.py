@@ -7,7 +7,7 @@ from common.errors import OperatorError
 from common.weights.snapshot import Snapshot, write_snapshot
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 CHUNK_BYTES = 4 << 20
 

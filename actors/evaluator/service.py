@@ -1,6 +1,8 @@
-"""The evaluator of a run: asks which version is owed a score, fits it, scores it, sends the result until it is acknowledged.
+"""The evaluator of a run: asks which version is owed a score, fits it, scores it, sends the result until it is
+acknowledged.
 
-Consumes the learner's evaluations; waits a second between questions; never holds up training: the version stays pinned meanwhile.
+Consumes the learner's evaluations; waits a second between questions; never holds up training: the version stays
+pinned meanwhile.
 """
 
 import asyncio
@@ -26,9 +28,16 @@ class EvaluationService:
     """Serves one learner until the run is over."""
 
     def __init__(
-        self, parts: Parts, link: LearnerLink, fitter: Fitter, sampling: SamplingParameters, *, task: str, num_problems: int,
+        self,
+        parts: Parts,
+        link: LearnerLink,
+        fitter: Fitter,
+        sampling: SamplingParameters,
+        *,
+        task: str,
+        num_problems: int,
         max_concurrency: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._parts = parts
         self._link = link
         self._fitter = fitter
@@ -84,9 +93,14 @@ class EvaluationService:
             self._parts, self._sampling, num_problems=self._num_problems, max_concurrency=self._max_concurrency
         )
         result = EvaluationResult(
-            version=version, task=self._task, num_problems=score.num_problems, num_correct=score.num_correct,
-            mean_score=score.mean_score, mean_answer_tokens=score.mean_answer_tokens, wall_s=score.wall_s,
-        )  # fmt: skip
+            version=version,
+            task=self._task,
+            num_problems=score.num_problems,
+            num_correct=score.num_correct,
+            mean_score=score.mean_score,
+            mean_answer_tokens=score.mean_answer_tokens,
+            wall_s=score.wall_s,
+        )
         await self._link.ask(result, Receipt, phase=f"the receipt of the evaluation of {version}")
         log.info("%s: accuracy %.3f (%d of %d)", version, score.accuracy, score.num_correct, score.num_problems)
 

