@@ -16,6 +16,7 @@ from common.command import (
     start_logging,
 )
 from common.config.schema import Config
+from common.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 app = new_command("A rollout actor: samples leased prompts and streams the groups to the learner.")
@@ -35,7 +36,8 @@ def actor(
 
     check_model(resolved)
     start_logging(name or "actor")
-    asyncio.run(run_actor(resolved, name or default_name(Role.ACTOR)))
+    with RunDir(Path(resolved.run.dir)).explains_full_disk():
+        asyncio.run(run_actor(resolved, name or default_name(Role.ACTOR)))
 
 
 async def run_actor(config: Config, name: str) -> None:
@@ -45,7 +47,6 @@ async def run_actor(config: Config, name: str) -> None:
     from actors.metrics import ActorMetrics
     from actors.start import make_hello, make_parts, on_stop, serve_peer_metrics
     from actors.worker import Worker
-    from common.run_dir import RunDir
     from common.wire.messages import Role
 
     parts = make_parts(config, config.actor.engine)

@@ -69,7 +69,7 @@ class Fitter:
     async def fit(self, version: Version, welcome: Welcome) -> None:
         """Fetch `version` and load it. Raises VersionGone where it is no longer kept, WaitTimeout on silence."""
         serving = self._engine.version
-        if serving and serving.hash == version.hash and serving == version:
+        if serving and (serving.hash, serving.step) == (version.hash, version.step):
             return
         snapshot = await self._fetch(version, welcome)
         started = time.monotonic()

@@ -3,12 +3,17 @@
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.config.load import to_toml_document
 from common.config.schema import Config
 from common.errors import OperatorError
+
+FULL_BYTES = 4 << 20
+"""A disk with less room than this is taken for full."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,21 @@ class RunDir:
         partial = self.config.with_suffix(".partial")
         partial.write_text(to_toml_document(config), encoding="utf-8")
         partial.replace(self.config)
+
+    @contextmanager
+    def explains_full_disk(self) -> Iterator[None]:
+        """What goes wrong inside because the disk is full becomes one line, whatever words its writer has for it."""
+        try:
+            yield
+        except OperatorError:
+            raise
+        except Exception as error:
+            free = shutil.disk_usage(self.path).free if self.path.exists() else FULL_BYTES
+            if free >= FULL_BYTES:
+                raise
+            raise OperatorError(
+                f"run.dir: the disk of {self.path} is full ({free} bytes free), expected room"
+            ) from error
 
     def lock(self) -> int:
         """Keep every other learner out until this process ends. Raises OperatorError where one is in."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 
@@ -16,6 +17,7 @@ from common.command import (
 )
 from common.config.schema import Config
 from common.errors import OperatorError
+from common.run_dir import RunDir
 
 app = new_command("The learner of a CHORD run: trains on what actors send and on expert rows, and broadcasts weights.")
 
@@ -37,11 +39,12 @@ def learner(
     start_logging("learner")
     from learner.conductor import Conductor
 
-    conductor = Conductor(resolved)
-    try:
-        conductor.run()
-    finally:
-        conductor.close()
+    with RunDir(Path(resolved.run.dir)).explains_full_disk():
+        conductor = Conductor(resolved)
+        try:
+            conductor.run()
+        finally:
+            conductor.close()
 
 
 def _check_paths(config: Config, *, resume: bool) -> None:

@@ -19,13 +19,12 @@ from learner.batch import TrainBatch, build_batch
 from learner.checkpoints import Checkpoints
 from learner.final import export_policy
 from learner.host import Host
-from learner.objective.chord import mu_at
 from learner.objective.importance import Correction
 from learner.policy_model import load_policy_model, resolve_compute_dtype
 from learner.ranks import Ranks
 from learner.recorder import describe_groups
 from learner.rows import Row, deal, micro_batches, split_to_budget, unshare
-from learner.schedule import lr_at
+from learner.schedule import lr_at, mu_of
 from learner.source import StepRows, Stopped
 from learner.train_engine import Objective, OptimizerSettings, StepReport, TrainEngine
 
@@ -118,10 +117,7 @@ class Conductor:
         batches = self._ranks.deal_batches(shares)
         train_started = time.monotonic()
         algorithm, learner = self._config.algorithm, self._config.learner
-        mu = mu_at(
-            step, peak=algorithm.mu_peak, valley=algorithm.mu_valley, warmup_steps=algorithm.mu_warmup_steps,
-            decay_steps=algorithm.mu_decay_steps,
-        )  # fmt: skip
+        mu = mu_of(algorithm, step)
         lr = lr_at(
             step,
             peak=learner.lr,
@@ -227,7 +223,7 @@ class Conductor:
                 "actor_tokens_per_s": max(meter.sampled_tokens - self._meter.sampled_tokens, 0) / elapsed,
                 "learner_wait_frac": rows.wait_s / (now - started),
                 "actor_idle_frac": min(
-                    max(meter.idle_s - self._meter.idle_s, 0.0) / elapsed / max(len(peers.all()), 1), 1.0
+                    max(meter.idle_s - self._meter.idle_s, 0.0) / elapsed / max(len(peers.actors()), 1), 1.0
                 ),
                 "weight_bytes_sent": host.server.sent_bytes,
                 "trajectory_bytes_received": host.inbox.received_bytes,

@@ -69,10 +69,13 @@ class Peers:
         """A snapshot, safe to read from another thread."""
         return list(self._peers.values())
 
+    def actors(self) -> list[Peer]:
+        return [peer for peer in self.all() if peer.role is Role.ACTOR]
+
     @property
     def sampled_tokens(self) -> int:
         """By all actors that ever joined."""
-        return self._departed_tokens + sum(peer.sampled_tokens for peer in self.all() if peer.role is Role.ACTOR)
+        return self._departed_tokens + sum(peer.sampled_tokens for peer in self.actors())
 
     def describe(self) -> str:
         """Who is there, in one line, for messages about waiting."""

@@ -1,7 +1,21 @@
-"""The learning rate as a function of the optimizer step, so that a resumed run needs no state for it."""
+"""μ and the learning rate as functions of the optimizer step, so that a resumed run needs no state for them."""
 
 import math
 from typing import Literal
+
+from common.config.schema import Algorithm
+from learner.objective.chord import mu_at
+
+
+def mu_of(algorithm: Algorithm, step: int) -> float:
+    """μ of optimizer step `step`, counted from 0, by the run's schedule."""
+    return mu_at(
+        step,
+        peak=algorithm.mu_peak,
+        valley=algorithm.mu_valley,
+        warmup_steps=algorithm.mu_warmup_steps,
+        decay_steps=algorithm.mu_decay_steps,
+    )
 
 
 def lr_at(

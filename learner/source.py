@@ -16,8 +16,8 @@ from common.wire.groups import from_blob
 from learner.expert.sampler import draw
 from learner.expert.store import ExpertStore
 from learner.ledger.ledger import Composition, Ledger
-from learner.objective.chord import mu_at
 from learner.rows import Row, expert_row, policy_row
+from learner.schedule import mu_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,20 +54,15 @@ class Source:
         self.waiting_for = ""
         """What the train loop waits for now, in words; empty while it does not wait."""
 
-    def mu(self, step: int) -> float:
-        algorithm = self._config.algorithm
-        return mu_at(
-            step, peak=algorithm.mu_peak, valley=algorithm.mu_valley, warmup_steps=algorithm.mu_warmup_steps,
-            decay_steps=algorithm.mu_decay_steps,
-        )  # fmt: skip
-
     def next_rows(self, step: int) -> StepRows:
         """The rows of `step`: those of its committed composition where there is one (a replay), else newly cut."""
         started = time.monotonic()
         composition = self._ledger.batch(step) or self._compose(step)
         waited = time.monotonic() - started
         groups = tuple(from_blob(body) for body in self._ledger.bodies(composition.group_ids))
-        return StepRows(composition, groups, self._rows(composition, groups), self.mu(step), waited)
+        return StepRows(
+            composition, groups, self._rows(composition, groups), mu_of(self._config.algorithm, step), waited
+        )
 
     def record_uses(self, composition: Composition) -> None:
         """Note in the expert store which rows the step used."""
@@ -78,7 +73,7 @@ class Source:
         group_ids = self._wait_for_groups(step) if self._config.algorithm.trains_on_groups else []
         cursor = self._ledger.expert_cursor(step)
         row_ids: list[int] = []
-        if self._experts and self.mu(step) > 0:
+        if self._experts and mu_of(self._config.algorithm, step) > 0:
             count = self._config.expert.rows_per_step
             positions = draw(len(self._row_ids), seed=self._config.run.seed, cursor=cursor, count=count)
             row_ids = [self._row_ids[position] for position in positions]

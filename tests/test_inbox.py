@@ -131,14 +131,20 @@ def work_request(serving: Version | None, *, capacity: int, held: Sequence[Lease
     return WorkRequest(state=ActorState.SERVING, capacity=capacity, serving=serving, held=lease_ids)
 
 
-def make_group(lease_id: str, seed: int = 0, *, reward: float = 1.0) -> TrajectoryGroup:
-    """Two answers of three tokens to a prompt of two."""
-    tokens = np.random.default_rng(seed).integers(0, 100, 5).astype(np.int32)
-    sampled = np.array([False, False, True, True, True])
+def make_group(lease_id: str, seed: int = 0, *, num_answer_tokens: int = 3) -> TrajectoryGroup:
+    """Two answers to a prompt of two tokens."""
+    tokens = np.random.default_rng(seed).integers(0, 100, 2 + num_answer_tokens).astype(np.int32)
+    sampled = np.array([False] * 2 + [True] * num_answer_tokens)
     logprobs, mask = np.where(sampled, -0.5, 0).astype(np.float32), sampled.astype(np.float32)
     versions = np.where(sampled, 0, NOT_SAMPLED).astype(np.int32)
-    trajectory = Trajectory(tokens, logprobs, mask, versions, reward, is_truncated=False)
+    trajectory = Trajectory(tokens, logprobs, mask, versions, reward=1.0, is_truncated=False)
     return TrajectoryGroup(lease_id, 2, (trajectory, trajectory))
+
+
+def result_for(version: Version) -> EvaluationResult:
+    return EvaluationResult(
+        version=version, task="sums", num_problems=2, num_correct=1, mean_score=0.5, mean_answer_tokens=3.0, wall_s=0.1
+    )
 
 
 @pytest.fixture
@@ -427,11 +433,7 @@ def test_an_evaluator_is_told_what_to_evaluate_and_gets_no_leases(
     work = peer.ask(work_request(learner.newest, capacity=4))
     assert isinstance(work, Work)
     assert (work.leases, work.evaluation) == ((), learner.newest)
-    result = EvaluationResult(
-        version=learner.newest, task="sums", num_problems=2, num_correct=1, mean_score=0.5, mean_answer_tokens=3.0,
-        wall_s=0.1,
-    )  # fmt: skip
-    assert isinstance(peer.ask(result), Receipt)
+    assert isinstance(peer.ask(result_for(learner.newest)), Receipt)
     assert [(one.version, one.num_correct) for one in learner.evaluations] == [(learner.newest, 1)]
 
 
@@ -448,14 +450,31 @@ def test_a_full_disk_closes_the_door_and_tells_the_train_loop(
     learner = start()
     peer = meet(learner)
     peer.join()
-    learner.ledger._db.execute("PRAGMA max_page_count = 1")
-    peer.send(work_request(learner.newest, capacity=4))
-    for _ in range(20):
-        peer.send(work_request(learner.newest, capacity=4))
+    (lease,) = peer.work(capacity=1)
+    num_pages = learner.ledger._db.execute("PRAGMA page_count").fetchone()[0]
+    learner.ledger._db.execute(f"PRAGMA max_page_count = {num_pages}")
+    group = make_group(lease.lease_id, num_answer_tokens=5000)
+    peer.send(group_header(group), group_frames(group))
+    failure = wait_for_failure(learner)
+    assert isinstance(failure, OperatorError)
+    assert "disk is full, expected free disk space" in str(failure)
+    assert not peer.socket.poll(0)
+    assert learner.ledger.counts() == GroupCounts(leased=1)
+
+
+def test_nothing_ends_the_inbox_unnoticed(start: Callable[..., Learner], meet: Callable[..., Peer]) -> None:
+    learner = start()
+    peer = meet(learner)
+    peer.join()
+    del learner.evaluations
+    peer.send(result_for(learner.newest))
+    assert isinstance(wait_for_failure(learner), AttributeError)
+
+
+def wait_for_failure(learner: Learner) -> Exception | None:
     with learner.ledger.changed:
-        assert learner.ledger.changed.wait_for(lambda: learner.inbox.failure, timeout=10)
-    assert isinstance(learner.inbox.failure, OperatorError)
-    assert "disk is full" in str(learner.inbox.failure)
+        learner.ledger.changed.wait_for(lambda: learner.inbox.failure, timeout=10)
+    return learner.inbox.failure
 
 
 def link_to(port: int, *, config_hash: str = "agreed", patience_s: float = 20.0) -> LearnerLink:

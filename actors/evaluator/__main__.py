@@ -17,6 +17,7 @@ from common.command import (
     start_logging,
 )
 from common.config.schema import Config
+from common.run_dir import RunDir
 
 app = new_command("The evaluator: scores versions of a run, or one model folder, on held-out problems.")
 
@@ -38,7 +39,8 @@ def evaluator(
         resolved = resolved.model_copy(update={"model": resolved.model.model_copy(update={"path": str(model)})})
     check_model(resolved)
     start_logging(name or "evaluator")
-    asyncio.run(score_folder(resolved) if model else serve(resolved, name or default_name(Role.EVALUATOR)))
+    with RunDir(Path(resolved.run.dir)).explains_full_disk():
+        asyncio.run(score_folder(resolved) if model else serve(resolved, name or default_name(Role.EVALUATOR)))
 
 
 async def serve(config: Config, name: str) -> None:
@@ -49,7 +51,6 @@ async def serve(config: Config, name: str) -> None:
     from actors.fitter import Fitter
     from actors.link import LearnerLink
     from actors.start import make_hello, make_parts, on_stop, serve_peer_metrics
-    from common.run_dir import RunDir
     from common.wire.messages import Role
 
     parts = make_parts(config, config.eval.engine or config.actor.engine)

@@ -41,11 +41,12 @@ class Progress:
         self.last_step: Line = {}
         self.last_evaluation: Line = {}
         self._seen: set[tuple[str, int]] = set()
+        self._joined: set[str] = set()
 
     def read(self) -> list[str]:
-        """One line of text for each step and evaluation since the last call."""
-        self.status = _read_json(self._status_path)
-        texts: list[str] = []
+        """One line of text for each newcomer, step and evaluation since the last call."""
+        self.status = _read_json(self._status_path) or self.status
+        texts = self._newcomers()
         for line in self._new("step", self._steps.read()):
             self.last_step = line
             texts.append(describe_step(line, num_steps=self.status.get("num_steps", 0)))
@@ -53,6 +54,11 @@ class Progress:
             self.last_evaluation = line
             texts.append(describe_evaluation(line))
         return texts
+
+    def _newcomers(self) -> list[str]:
+        fresh = [peer for peer in self.status.get("peers", []) if peer["peer_id"] not in self._joined]
+        self._joined |= {peer["peer_id"] for peer in fresh}
+        return [f"{peer['peer_id']} joined: it samples with the {peer['engine']} engine" for peer in fresh]
 
     def _new(self, kind: str, lines: list[Line]) -> list[Line]:
         """Lines of steps not shown yet: a restarted learner writes its files anew."""
