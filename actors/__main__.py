@@ -16,6 +16,7 @@ from common.command import (
     start_logging,
 )
 from common.config.schema import Config
+from common.model_folder import require_model_folder
 from common.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -31,10 +32,11 @@ def actor(
 ) -> None:
     """Run an actor until the run is over; SIGTERM drains it."""
     resolved = resolve_or_check(config, overrides, check=check).config
-    from actors.start import check_model, default_name
+    from actors.start import check_address, default_name
     from common.wire.messages import Role
 
-    check_model(resolved)
+    require_model_folder(resolved.model.path)
+    check_address(resolved)
     start_logging(name or "actor")
     with RunDir(Path(resolved.run.dir)).explains_full_disk():
         asyncio.run(run_actor(resolved, name or default_name(Role.ACTOR)))
@@ -57,7 +59,13 @@ async def run_actor(config: Config, name: str) -> None:
     await parts.engine.start()
     link = LearnerLink(config.network, make_hello(config, name=name, role=Role.ACTOR, engine=parts.engine))
     folder = RunDir(Path(config.run.dir)).weights(name)
-    fitter = Fitter(parts.engine, config.network, folder, in_flight=config.actor.swap == "in_flight")
+    fitter = Fitter(
+        parts.engine,
+        config.network,
+        folder,
+        in_flight=config.actor.swap == "in_flight",
+        welcome=lambda: link.welcome,
+    )
     worker = Worker(parts.engine, parts.rollout, link, fitter, metrics, max_groups=config.actor.max_groups_in_flight)
     fitter.on_loaded = worker.wake
     on_stop(worker.drain)

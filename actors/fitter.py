@@ -28,12 +28,24 @@ from common.wire.sockets import SocketLimits, open_socket
 log = logging.getLogger(__name__)
 
 MAX_ANNOUNCEMENT_BYTES = 64 << 10
+RETRY_S = 0.2
+"""Between a fetch that came to nothing and the next."""
 
 
 class Fitter:
     """Owns the SUB socket and a thread for fetching."""
 
-    def __init__(self, engine: Engine, network: Network, folder: Path, *, in_flight: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        network: Network,
+        folder: Path,
+        *,
+        in_flight: bool,
+        welcome: Callable[[], Welcome | None],
+    ) -> None:
+        """`welcome` tells where the learner's weights are now; None while it is not known."""
+        self._welcome = welcome
         self._engine = engine
         self._network = network
         self._folder = folder
@@ -52,26 +64,30 @@ class Fitter:
         """Duration of the last load."""
 
     def want(self, version: Version | None) -> None:
-        """Note the newest version; the order of versions is incarnation, then step."""
+        """Note the newest version; within a run the order of versions is incarnation, then step."""
         if version is None:
             return
         wanted = self._wanted
-        if wanted is None or (version.incarnation, version.step) > (wanted.incarnation, wanted.step):
+        is_other_run = wanted is None or wanted.run_id != version.run_id
+        if is_other_run or (version.incarnation, version.step) > (wanted.incarnation, wanted.step):
             self._wanted = version
             self._has_news.set()
 
-    async def follow(self, welcome: Callable[[], Welcome | None]) -> None:
-        """Fit every newest version until cancelled; `welcome` tells where the learner's weights are now."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen(welcome))
-            tasks.create_task(self._fit_newest(welcome))
+    async def follow(self) -> None:
+        """Fit every newest version until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._listen())
+                tasks.create_task(self._fit_newest())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
 
-    async def fit(self, version: Version, welcome: Welcome) -> None:
+    async def fit(self, version: Version) -> None:
         """Fetch `version` and load it. Raises VersionGone where it is no longer kept, WaitTimeout on silence."""
         serving = self._engine.version
         if serving and (serving.hash, serving.step) == (version.hash, version.step):
             return
-        snapshot = await self._fetch(version, welcome)
+        snapshot = await self._fetch(version)
         started = time.monotonic()
         # After a deliberate rewind versions fall; within one answer they never may.
         is_rewind = serving is not None and version.step < serving.step
@@ -89,22 +105,25 @@ class Fitter:
         self._thread.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _fit_newest(self, welcome: Callable[[], Welcome | None]) -> None:
+    async def _fit_newest(self) -> None:
         while True:
             await self._has_news.wait()
             self._has_news.clear()
-            wanted, now = self._wanted, welcome()
-            if wanted is None or now is None:
-                continue
+            wanted = self._wanted
             try:
-                await self.fit(wanted, now)
+                if wanted:
+                    await self.fit(wanted)
             except (VersionGone, FetchCancelled):
-                log.info("%s was superseded while it was fetched", wanted)
+                log.info("%s is not to be had where it was asked for: asking again", wanted)
+                await asyncio.sleep(RETRY_S)
+                self._has_news.set()
 
-    async def _fetch(self, version: Version, welcome: Welcome) -> Snapshot:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, self._fetch_in_thread, version, welcome.weights_port
-        )
+    async def _fetch(self, version: Version) -> Snapshot:
+        welcome = self._welcome()
+        if welcome is None:
+            raise FetchCancelled
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._fetch_in_thread, version, welcome.weights_port)
 
     def _fetch_in_thread(self, version: Version, port: int) -> Snapshot:
         address = f"tcp://{self._network.host}:{port}"
@@ -112,27 +131,34 @@ class Fitter:
             self._close_client()
             self._address = address
             self._client = WeightClient(
-                zmq.Context.instance(), address, self._folder, limits=self._limits, credit=self._network.chunk_credit,
-                timeout_s=self._network.learner_timeout_s, retry_s=self._network.request_timeout_s,
-            )  # fmt: skip
-        snapshot = self._client.fetch(version, self._is_wanted)
+                zmq.Context.instance(),
+                address,
+                self._folder,
+                limits=self._limits,
+                credit=self._network.chunk_credit,
+                timeout_s=self._network.learner_timeout_s,
+                retry_s=self._network.request_timeout_s,
+            )
+        snapshot = self._client.fetch(version, lambda: self._is_wanted(port))
         self.received_bytes = self._client.received_bytes
         return snapshot
 
-    def _is_wanted(self) -> bool:
-        return not self._is_closing
+    def _is_wanted(self, port: int) -> bool:
+        """Whether to go on fetching from `port`: a restarted learner serves on another one."""
+        now = self._welcome()
+        return not self._is_closing and (now is None or now.weights_port == port)
 
     def _close_client(self) -> None:
         if self._client:
             self._client.close()
             self._client = None
 
-    async def _listen(self, welcome: Callable[[], Welcome | None]) -> None:
+    async def _listen(self) -> None:
         """Follow announcements; the learner may come back on another port."""
         port, socket = 0, None
         try:
             while True:
-                now = welcome()
+                now = self._welcome()
                 if now and now.announcements_port != port:
                     if socket:
                         socket.close()

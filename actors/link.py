@@ -8,6 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import zmq
@@ -20,6 +21,9 @@ from common.wire.messages import Hello, Message, Refusal, Welcome
 from common.wire.sockets import SocketLimits, open_socket
 
 log = logging.getLogger(__name__)
+
+RETRY_S = 0.2
+"""Between a refusal that is not final and the next attempt."""
 
 Reply = TypeVar("Reply", bound=Message)
 
@@ -44,46 +48,50 @@ class LearnerLink:
 
     async def ask(self, message: Message, expected: type[Reply], frames: Sequence[Buffer] = (), *, phase: str) -> Reply:
         """Send until answered. Raises OperatorError on a final refusal, WaitTimeout naming `phase` on silence."""
-        started = time.monotonic()
+        started = heard = time.monotonic()
         while True:
-            waited = time.monotonic() - started
-            if waited > self._network.learner_timeout_s:
-                raise WaitTimeout(
-                    f"waited {waited:.0f} s for {phase} from learner at {self.address}, expected an answer"
-                )
             if self.welcome is None and not isinstance(message, Hello):
                 await self._greet()
-            reply = await self._try_once(message, frames)
+            reply = await self._send_until_answered(message, frames, heard, phase)
             if isinstance(reply, expected):
                 return reply
             if isinstance(reply, Refusal) and reply.is_final:
                 raise OperatorError(reply.reason)
-            if isinstance(reply, Refusal):
-                log.info("learner: %s", reply.reason)
-                self.welcome = None
-                await asyncio.sleep(0.1)
-            elif waited > self._network.request_timeout_s:
-                log.warning("waiting %.0f s for %s from learner at %s", waited, phase, self.address)
+            heard = time.monotonic()
+            log.info(
+                "%s after %.0f s: the learner says %s", phase, heard - started, getattr(reply, "reason", reply.kind)
+            )
+            self.welcome = None
+            await asyncio.sleep(RETRY_S)
 
     async def _greet(self) -> None:
         async with self._greeting:
             if self.welcome is None:
                 self.welcome = await self.ask(self._hello, Welcome, phase="a welcome")
 
-    async def _try_once(self, message: Message, frames: Sequence[Buffer]) -> Message | None:
-        """Send once and wait for the reply, `request_timeout_s` at most."""
+    async def _send_until_answered(
+        self, message: Message, frames: Sequence[Buffer], since: float, phase: str
+    ) -> Message:
+        """Send every `request_timeout_s` under one id, so that a late reply counts too. Raises WaitTimeout."""
         request_id = next(self._ids)
         context = {"request_id": request_id}
         if self.welcome:
             context |= {"run_id": self.welcome.run_id, "incarnation": self.welcome.incarnation}
+        encoded = encode(message.model_copy(update=context), frames)
         reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._pending[request_id] = reply
         try:
-            async with asyncio.timeout(self._network.request_timeout_s):
-                await self._socket.send_multipart(encode(message.model_copy(update=context), frames))
-                return await reply
-        except TimeoutError:
-            return None
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._network.request_timeout_s):
+                        await self._socket.send_multipart(encoded)
+                        return await asyncio.shield(reply)
+                waited = time.monotonic() - since
+                if waited > self._network.learner_timeout_s:
+                    raise WaitTimeout(
+                        f"waited {waited:.0f} s for {phase} from learner at {self.address}, expected an answer"
+                    )
+                log.warning("waiting %.0f s for %s from learner at %s", waited, phase, self.address)
         finally:
             del self._pending[request_id]
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-import os
+import re
 import secrets
 import signal
 import socket
@@ -48,13 +48,18 @@ def make_parts(config: Config, kind: EngineKind) -> Parts:
 
 
 def make_hello(config: Config, *, name: str, role: Role, engine: Engine) -> Hello:
+    """Raises OperatorError where the name will not do."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+        raise OperatorError(f"--name: got {name!r}, expected 1 to 64 letters, digits, '_', '.' or '-'")
     return Hello(
         peer_id=name, session=secrets.token_hex(8), role=role, engine=engine.name, config_hash=config.agreement_hash
     )
 
 
 def default_name(role: Role) -> str:
-    return f"{role}-{socket.gethostname()[:30]}-{os.getpid()}"
+    """Differs between processes even where hosts and process numbers are alike, as in containers."""
+    host = re.sub(r"[^A-Za-z0-9_.-]+", "-", socket.gethostname())[-30:]
+    return f"{role}-{host}-{secrets.token_hex(3)}"
 
 
 def serve_peer_metrics(registry: CollectorRegistry, *, host: str, port: int, key: str) -> None:
@@ -62,10 +67,10 @@ def serve_peer_metrics(registry: CollectorRegistry, *, host: str, port: int, key
     log.info("metrics: http://%s:%d/metrics", host, found)
 
 
-def check_model(config: Config) -> None:
-    """What can be known to be wrong before anything heavy is imported."""
-    if not (Path(config.model.path) / "config.json").is_file():
-        raise OperatorError(f"model.path: got {config.model.path!r}, expected a Hugging Face folder with a config.json")
+def check_address(config: Config) -> None:
+    """Raises OperatorError where the configuration does not say where the learner is."""
+    if config.network.port == 0:
+        raise OperatorError("network.port: got 0, expected the port that the learner listens on")
 
 
 def on_stop(action: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
+from typing import NoReturn
 
 from actors.engine import Engine
 from actors.fitter import Fitter
@@ -16,9 +17,21 @@ from actors.link import LearnerLink
 from actors.metrics import ActorMetrics
 from actors.rollout import Rollout, SamplingFailed
 from common.errors import ComponentFailure, OperatorError
+from common.trajectory import TrajectoryGroup
 from common.version import Version
+from common.wire.codec import Buffer
 from common.wire.groups import group_frames, group_header
-from common.wire.messages import ActorState, Goodbye, Lease, LeaseFailure, Outcome, Receipt, Work, WorkRequest
+from common.wire.messages import (
+    ActorState,
+    Goodbye,
+    GroupHeader,
+    Lease,
+    LeaseFailure,
+    Outcome,
+    Receipt,
+    Work,
+    WorkRequest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +65,7 @@ class Worker:
         self._idle_s = 0.0
         self._idle_since: float | None = None
         self._wake = asyncio.Event()
-        self._failure: SamplingFailed | None = None
+        self._failure: BaseException | None = None
         self._asking: asyncio.Task[str] | None = None
         self.is_draining = False
 
@@ -68,7 +81,7 @@ class Worker:
 
     async def run(self) -> str:
         """Work until the run is over or `drain`; returns the reason. Raises ComponentFailure where a part fails."""
-        following = asyncio.create_task(self._fitter.follow(lambda: self._link.welcome), name="fitter")
+        following = asyncio.create_task(self._fitter.follow(), name="fitter")
         self._asking = asyncio.create_task(self._ask_for_work(following), name="work")
         try:
             await asyncio.wait([self._asking])
@@ -98,7 +111,7 @@ class Worker:
                 async with asyncio.timeout(REPORT_S):
                     await self._wake.wait()
             if self._failure:
-                raise ComponentFailure(f"{self._failure}: the actor ends, so that it can be started again")
+                raise_one_line(self._failure)
             if following.done():
                 following.result()
 
@@ -128,10 +141,12 @@ class Worker:
         self._idle_since = None
         task = asyncio.create_task(self._run_group(lease), name=f"group {lease.lease_id}")
         self._groups[lease.lease_id] = task
-        task.add_done_callback(lambda _: self._end(lease.lease_id))
+        task.add_done_callback(lambda done: self._end(lease.lease_id, done))
 
-    def _end(self, lease_id: str) -> None:
+    def _end(self, lease_id: str, done: "asyncio.Task[None]") -> None:
         del self._groups[lease_id]
+        if not done.cancelled() and (error := done.exception()):
+            self._failure = error
         if not self._groups:
             self._idle_since = time.monotonic()
         self.wake()
@@ -139,19 +154,21 @@ class Worker:
     async def _run_group(self, lease: Lease) -> None:
         try:
             group = await self._rollout.group(lease)
+            header, frames = group_header(group), group_frames(group)
         except* SamplingFailed as failures:
-            self._failure = next(failure for failure in failures.exceptions if isinstance(failure, SamplingFailed))
+            raise failures.exceptions[0] from None
         except* Exception as failures:
             await self._report_failure(lease, failures.exceptions[0])
         else:
-            num_tokens = sum(trajectory.num_answer_tokens for trajectory in group.trajectories)
-            self._sampled_tokens += num_tokens
-            receipt = await self._link.ask(
-                group_header(group), Receipt, group_frames(group), phase=f"the receipt of lease {lease.lease_id}"
-            )
-            self._metrics.count_group(receipt.outcome, num_tokens=num_tokens)
-            if receipt.outcome is not Outcome.COMMITTED:
-                log.warning("lease %s: %s (%s)", lease.lease_id, receipt.outcome, receipt.reason)
+            await self._send_group(group, header, frames)
+
+    async def _send_group(self, group: TrajectoryGroup, header: GroupHeader, frames: list[Buffer]) -> None:
+        num_tokens = sum(trajectory.num_answer_tokens for trajectory in group.trajectories)
+        self._sampled_tokens += num_tokens
+        receipt = await self._link.ask(header, Receipt, frames, phase=f"the receipt of lease {header.lease_id}")
+        self._metrics.count_group(receipt.outcome, num_tokens=num_tokens)
+        if receipt.outcome is not Outcome.COMMITTED:
+            log.warning("lease %s: %s (%s)", header.lease_id, receipt.outcome, receipt.reason)
 
     async def _report_failure(self, lease: Lease, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"[:500]
@@ -177,3 +194,10 @@ class Worker:
             self._idle_s += now - self._idle_since
             self._idle_since = now
         self._metrics.observe(self._engine.version, len(self._groups), self._idle_s, self._fitter)
+
+
+def raise_one_line(failure: BaseException) -> NoReturn:
+    """End the actor; what is neither the operator's nor a peer's fault is the engine's, and a new start may help."""
+    if isinstance(failure, OperatorError | ComponentFailure):
+        raise failure
+    raise ComponentFailure(f"{failure}: the actor ends, so that it can be started again") from failure

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict
 
 from common.errors import OperatorError
+from common.model_folder import require_model_folder
 
 _MARK = "\u241eanswer\u241e"
 """Stands for an answer in a rendered conversation; no tokenizer or template gives it a meaning."""
@@ -38,10 +39,7 @@ class Chat:
 
     def __init__(self, model_path: Path) -> None:
         """Raises OperatorError where the folder holds no tokenizer with a chat template."""
-        if not (model_path / "config.json").is_file():
-            raise OperatorError(
-                f"model.path: got {str(model_path)!r}, expected a Hugging Face folder with a config.json"
-            )
+        require_model_folder(model_path)
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
         self._tokenizer = cast(Any, AutoTokenizer).from_pretrained(model_path, local_files_only=True)

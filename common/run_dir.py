@@ -3,7 +3,7 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ from common.config.load import to_toml_document
 from common.config.schema import Config
 from common.errors import OperatorError
 
+EXPERT_STORE = "expert.sqlite"
+"""Name of the expert store where `expert.path` is empty; demonstrations outlive the runs that they are used in."""
 FULL_BYTES = 4 << 20
 """A disk with less room than this is taken for full."""
 
@@ -79,7 +81,7 @@ class RunDir:
         partial.replace(self.config)
 
     @contextmanager
-    def explains_full_disk(self) -> Iterator[None]:
+    def explains_full_disk(self) -> Generator[None]:
         """What goes wrong inside because the disk is full becomes one line, whatever words its writer has for it."""
         try:
             yield
@@ -106,12 +108,14 @@ class RunDir:
         return descriptor
 
     def clear(self) -> None:
-        """Delete an earlier run. Raises OperatorError where the folder holds anything but a run."""
+        """Delete an earlier run, but no expert store. Raises OperatorError where the folder is not a run's."""
         if not self.path.exists():
             return
-        if any(self.path.iterdir()) and not (self.config.exists() or self.ledger.exists() or self.logs.exists()):
+        others = [path for path in self.path.iterdir() if not path.name.startswith(EXPERT_STORE)]
+        if others and not (self.config.exists() or self.ledger.exists() or self.logs.exists()):
             raise OperatorError(
                 f"run.dir: {self.path} holds something else than a run, expected an earlier run or nothing"
             )
         os.close(self.lock())
-        shutil.rmtree(self.path)
+        for path in [*others, self.path / ".lock"]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from common.command import (
 )
 from common.config.schema import Config
 from common.errors import OperatorError
+from common.model_folder import require_model_folder
 from common.run_dir import RunDir
 
 app = new_command("The learner of a CHORD run: trains on what actors send and on expert rows, and broadcasts weights.")
@@ -49,8 +50,7 @@ def learner(
 
 def _check_paths(config: Config, *, resume: bool) -> None:
     """What can be known to be wrong before anything heavy is imported."""
-    if not os.path.isfile(os.path.join(config.model.path, "config.json")):
-        raise OperatorError(f"model.path: got {config.model.path!r}, expected a Hugging Face folder with a config.json")
+    require_model_folder(config.model.path)
     checkpoints = os.path.join(config.run.dir, "checkpoints")
     if resume and not (os.path.isdir(checkpoints) and os.listdir(checkpoints)):
         raise OperatorError(f"--resume: {checkpoints} holds no checkpoint, expected one")

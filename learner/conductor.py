@@ -5,6 +5,7 @@ for rank 0.
 """
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from learner.train_engine import Objective, OptimizerSettings, StepReport, Train
 log = logging.getLogger(__name__)
 
 PUBLISHED_DTYPE = torch.bfloat16
+STEP_S = 1200.0
+"""Longest time that other ranks grant rank 0 beyond its waits: a step, a checkpoint, a snapshot."""
 
 
 @dataclass
@@ -51,7 +54,11 @@ class Conductor:
         if config.learner.num_threads:
             torch.set_num_threads(config.learner.num_threads)
         torch.manual_seed(config.run.seed)
-        self._ranks = Ranks(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        learner = config.learner
+        longest_wait_s = max(learner.start_timeout_s, learner.group_timeout_s, learner.eval_timeout_s)
+        self._ranks = Ranks(device, timeout_s=longest_wait_s + STEP_S)
         self._host = Host(config) if self._ranks.is_first else None
         self._stop_on_signals()
         model = load_policy_model(
@@ -60,7 +67,7 @@ class Conductor:
             head_chunk_tokens=config.learner.head_chunk_tokens,
         )
         model.compute_dtype = resolve_compute_dtype(config.learner.compute_dtype, device)
-        algorithm, learner = config.algorithm, config.learner
+        algorithm = config.algorithm
         correction = Correction(
             kind=algorithm.correction, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high, cap=algorithm.cap,
             band=algorithm.band,

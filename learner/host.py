@@ -18,6 +18,7 @@ from common.wire.sockets import SocketLimits, bind, open_socket
 from learner.expert.store import ExpertStore, store_path
 from learner.inbox import Door, Inbox, LeaseTerms
 from learner.ledger.ledger import Ledger
+from learner.metrics import RefusalCollector
 from learner.publisher import Publisher
 from learner.recorder import Recorder
 from learner.source import Source, Stopped
@@ -41,7 +42,7 @@ class Host:
         self.phase = "starting"
         self.step = 0
         chat = Chat(Path(config.model.path))
-        experts = self._open_experts()
+        experts = self._open_experts(chat)
         self.ledger = Ledger(
             self.run_dir.ledger,
             groups_per_step=config.learner.groups_per_step,
@@ -55,19 +56,29 @@ class Host:
         )
         self._board = StatusBoard(self.run_dir.status, self._status)
         self.run_dir.save_config(config)
+        self.inbox.start()
 
-    def _open_experts(self) -> ExpertStore | None:
+    def _open_experts(self, chat: Chat) -> ExpertStore | None:
+        """The store, every row of it seen to fit the model's chat template, so that no step fails on one."""
         if not self._config.algorithm.trains_on_experts:
             return None
         path = store_path(self._config)
         store = ExpertStore(path)
         if not store.row_ids():
             raise OperatorError(f"expert.path: {path} holds no rows, expected at least one (see chord-expert import)")
+        for row in store.rows():
+            try:
+                chat.demonstration(row.messages)
+            except Exception as error:  # a template says no in whatever way it likes
+                raise OperatorError(
+                    f"expert.path: {path}: row {row.row_id}: the chat template refuses it ({error})"
+                ) from error
         return store
 
     def _check_agreement(self, experts: ExpertStore | None) -> None:
         """A resumed run must go on with what it began with."""
-        hashes = {
+        started = {"learner.groups_per_step": str(self._config.learner.groups_per_step)}
+        hashes = started | {
             "configuration": self._config.agreement_hash,
             "expert store": experts.fingerprint() if experts else "none",
         }
@@ -83,7 +94,13 @@ class Host:
         context = zmq.Context.instance()
         socket = open_socket(context, zmq.ROUTER, limits)
         self.port = bind(socket, network.host, network.port, "actors")
-        self.server = WeightServer(context, host=network.host, port=0, limits=limits)
+        self.server = WeightServer(
+            context,
+            host=network.host,
+            port=network.weights_port,
+            limits=limits,
+            announcements_port=network.announcements_port,
+        )
         self.publisher = Publisher(
             self.run_dir.weights("learner"),
             self.server,
@@ -108,22 +125,21 @@ class Host:
             terms=terms,
             vocab_size=chat.vocab_size,
             newest=lambda: self.publisher.newest,
+            is_published=self.publisher.has_published,
             evaluation=self.publisher.evaluation,
             on_evaluation=self.publisher.finish_evaluation,
         )
         registry = self.recorder.prometheus.registry
+        registry.register(RefusalCollector(self.inbox.refusals))
         learner = config.learner
         port = serve_metrics(registry, host=learner.metrics_host, port=learner.metrics_port, key="learner.metrics_port")
         log.info(
             "actors: tcp://%s:%d, metrics: http://%s:%d/metrics", network.host, self.port, learner.metrics_host, port
         )
-        self._is_open = False
 
     def open_for_work(self) -> None:
-        """Let actors in; called when every committed batch has been replayed."""
-        if not self._is_open:
-            self._is_open = True
-            self.inbox.start()
+        """Grant leases; called when every committed batch has been replayed."""
+        self.inbox.grants_leases = True
 
     def check_for_end(self) -> None:
         """Raises what must end a wait: a failed ledger, or the wish to stop."""
@@ -136,6 +152,8 @@ class Host:
         """Wait until no evaluation is owed, within the configured limit."""
         self.open_for_work()
         started = time.monotonic()
+        if owed := self.publisher.owed_steps:
+            log.info("waiting for evaluations of versions %s", owed)
         while owed := self.publisher.owed_steps:
             self.source.waiting_for = f"evaluations of versions {owed}"
             self.check_for_end()
@@ -155,13 +173,12 @@ class Host:
         """Tell every peer that the run is over, and wait for them to leave."""
         self.inbox.is_run_finished = True
         deadline = time.monotonic() + FAREWELL_S
-        while self._is_open and self.inbox.peers.all() and time.monotonic() < deadline:
+        while self.inbox.peers.all() and time.monotonic() < deadline:
             time.sleep(0.1)
 
     def close(self) -> None:
         self._board.close()
-        if self._is_open:
-            self.inbox.close()
+        self.inbox.close()
         self.server.close()
         self.ledger.close()
 

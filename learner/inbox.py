@@ -71,8 +71,8 @@ class Inbox:
 
     def __init__(
         self, socket: "zmq.Socket[bytes]", ledger: Ledger, *, door: Door, terms: LeaseTerms, vocab_size: int,
-        newest: Callable[[], Version | None], evaluation: Callable[[], Version | None],
-        on_evaluation: Callable[[EvaluationResult], Outcome],
+        newest: Callable[[], Version | None], is_published: Callable[[Version], bool],
+        evaluation: Callable[[], Version | None], on_evaluation: Callable[[EvaluationResult], Outcome],
     ) -> None:  # fmt: skip
         self._socket = socket
         self._ledger = ledger
@@ -80,6 +80,7 @@ class Inbox:
         self._terms = terms
         self._vocab_size = vocab_size
         self._newest = newest
+        self._is_published = is_published
         self._evaluation = evaluation
         self._on_evaluation = on_evaluation
         self.peers = Peers()
@@ -87,6 +88,8 @@ class Inbox:
         """Refused messages by kind of fault."""
         self.received_bytes = 0
         self._num_answer_tokens = self._num_trajectories = 0
+        self.grants_leases = False
+        """Set when every committed batch has been replayed: only then may new leases and results come."""
         self.is_run_finished = False
         self.failure: Exception | None = None
         """What ended the thread, a disk that is full as a rule; the train loop raises it."""
@@ -158,6 +161,8 @@ class Inbox:
             return Refusal(reason="unknown peer: say hello first", is_final=False)
         peer.last_heard = time.monotonic()
         match message:
+            case GroupHeader() if not self.grants_leases:
+                return Refusal(reason="the learner replays its last steps", is_final=False)
             case WorkRequest():
                 return self._work(peer, message)
             case GroupHeader() | LeaseFailure() if not self._ledger.was_issued_to(message.lease_id, peer.peer_id):
@@ -201,7 +206,7 @@ class Inbox:
             self._ledger.reclaim(request.held, peer.session)
         newest = self._newest()
         leases: tuple[Lease, ...] = ()
-        if request.serving and not self.is_run_finished and self._serves_known_weights(request.serving):
+        if request.serving and self.grants_leases and not self.is_run_finished and self._is_published(request.serving):
             granted = self._ledger.lease(
                 peer.peer_id,
                 peer.session,
@@ -211,10 +216,6 @@ class Inbox:
             )
             leases = tuple(self._lease(lease.lease_id, lease.prompt_index, lease.group_id) for lease in granted)
         return Work(newest=newest, leases=leases, is_finished=self.is_run_finished)
-
-    def _serves_known_weights(self, serving: Version) -> bool:
-        newest = self._newest()
-        return newest is not None and serving.run_id == newest.run_id and serving.step <= newest.step
 
     def _lease(self, lease_id: str, prompt_index: int, group_id: int) -> Lease:
         terms = self._terms

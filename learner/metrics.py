@@ -1,9 +1,11 @@
 """The learner's Prometheus metrics; their values come from the step record and the inbox."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 GAUGES = {
     "step": ("chord_learner_step", "Optimizer steps completed."),
@@ -24,6 +26,19 @@ GAUGES = {
     "learner_tokens_per_s": ("chord_learner_tokens_per_second", "Loss-bearing tokens trained per second of training."),
 }
 """Field of the step record → name and help."""
+
+
+class RefusalCollector(Collector):
+    """Counts of refused messages, read from the inbox when they are scraped."""
+
+    def __init__(self, refusals: Mapping[str, int]) -> None:
+        self._refusals = refusals
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        family = CounterMetricFamily("chord_messages_refused", "Messages refused, by fault.", labels=["fault"])
+        for fault, count in dict(self._refusals).items():
+            family.add_metric([fault], count)
+        return [family]
 
 
 class LearnerMetrics:

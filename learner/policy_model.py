@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import OperatorError
+from common.model_folder import require_model_folder
 from learner.batch import TrainBatch, build_batch
 from learner.rows import Branch, Row
 
@@ -86,8 +87,7 @@ def load_policy_model(path: Path, *, dtype: torch.dtype, head_chunk_tokens: int)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    if not (path / "config.json").is_file():
-        raise OperatorError(f"model.path: got {str(path)!r}, expected a Hugging Face folder with a config.json")
+    require_model_folder(path)
     try:
         lm: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", local_files_only=True

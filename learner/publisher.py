@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.version import Version
 from common.weights.server import WeightServer
-from common.weights.snapshot import Snapshot, write_snapshot
+from common.weights.snapshot import Snapshot, read_snapshot, write_snapshot
 from common.wire.messages import EvaluationResult, Outcome
 from learner.ledger.ledger import Ledger
 from learner.recorder import Recorder
@@ -47,9 +47,9 @@ class Publisher:
         self._last_step = last_step
         self._chunk_bytes = chunk_bytes
         self._owed: dict[int, Version] = {}
+        self._hashes: dict[int, str] = {}
         self._lock = threading.Lock()
-        for leftover in folder.glob("*.safetensors"):
-            leftover.unlink()
+        self._take_over()
 
     def publish(self, tensors: Mapping[str, Tensor], step: int) -> Snapshot:
         """Write, announce and offer version `step`."""
@@ -62,6 +62,7 @@ class Publisher:
             step=step,
             chunk_bytes=self._chunk_bytes,
         )
+        self._hashes[step] = snapshot.version.hash
         is_owed = self._is_due(step) and self._ledger.owe_evaluation(step)
         if is_owed:
             with self._lock:
@@ -69,9 +70,31 @@ class Publisher:
         self._server.publish(snapshot, pin=is_owed)
         return snapshot
 
+    def _take_over(self) -> None:
+        """Of an earlier start's snapshots keep those whose evaluation is still owed; delete the others."""
+        owed = set(self._ledger.owed_evaluations())
+        for path in sorted(self._folder.glob("*.safetensors")):
+            step = int(path.stem)
+            if step not in owed:
+                path.unlink()
+                continue
+            snapshot = read_snapshot(
+                path,
+                run_id=self._ledger.run_id,
+                incarnation=self._ledger.incarnation,
+                step=step,
+                chunk_bytes=self._chunk_bytes,
+            )
+            self._server.offer(snapshot, pin=True)
+            self._owed[step] = snapshot.version
+
     @property
     def newest(self) -> Version | None:
         return self._server.newest
+
+    def has_published(self, version: Version) -> bool:
+        """Whether this learner made a version with these very weights since it started."""
+        return version.run_id == self._ledger.run_id and self._hashes.get(version.step) == version.hash
 
     def evaluation(self) -> Version | None:
         """The oldest version whose evaluation is owed."""
@@ -84,7 +107,11 @@ class Publisher:
             return sorted(self._owed)
 
     def finish_evaluation(self, result: EvaluationResult) -> Outcome:
-        """Journal a result, once, and let its version go."""
+        """Journal a result, once, and let its version go; a result for other weights is refused."""
+        with self._lock:
+            owed = self._owed.get(result.version.step)
+        if owed and owed.hash != result.version.hash:
+            return Outcome.REFUSED
         line = {
             "step": result.version.step,
             "task": result.task,

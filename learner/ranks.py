@@ -11,18 +11,16 @@ import torch.distributed as dist
 
 from learner.batch import TrainBatch
 
-CONTROL_TIMEOUT_S = 1800.0
-"""Longest wait of a rank for another one; covers the longest step and rank 0's wait for groups."""
-
 
 class Ranks:
     """The process group of the learner, and a gloo group beside it for control (NCCL cannot carry host memory)."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, timeout_s: float = 1800.0) -> None:
+        """`timeout_s`: longest wait of a rank for another one."""
         os.environ.setdefault("RANK", "0")
         os.environ.setdefault("WORLD_SIZE", "1")
         os.environ.setdefault("LOCAL_RANK", "0")
-        timeout = timedelta(seconds=CONTROL_TIMEOUT_S)
+        timeout = timedelta(seconds=timeout_s)
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             if os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ:
@@ -79,7 +77,7 @@ def _to_bytes(batches: Sequence[TrainBatch]) -> bytes:
 
 def _from_bytes(data: bytes) -> list[TrainBatch]:
     named = safetensors.torch.load(data)
-    count = 1 + max(int(name.partition(".")[0]) for name in named)
+    count = 1 + max((int(name.partition(".")[0]) for name in named), default=-1)
     return [
         TrainBatch(**{field.name: named[f"{i}.{field.name}"] for field in fields(TrainBatch)}) for i in range(count)
     ]

@@ -5,7 +5,7 @@ counts of the whole step, and what DeepSpeed divides by (the rank count; accumul
 multiplied back.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,23 +128,14 @@ class TrainEngine:
         return float(norm if sharded_norm is None else sharded_norm)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The policy's weights by Hugging Face name, on rank 0's CPU; empty elsewhere. Every rank must call it."""
-        found: dict[str, Tensor] = {}
-        for name, parameter in self._named_parameters():
-            with self._gathered(parameter):
-                if self._ranks.is_first:
-                    found[name] = parameter.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
-        return found
-
-    def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter once; a head tied to the embedding comes with the embedding."""
-        return self._model.lm.named_parameters()
-
-    def _gathered(self, parameter: Tensor) -> Any:
-        import deepspeed
-
-        is_sharded = hasattr(parameter, "ds_id")
-        return deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded)
+        """The policy's weights by Hugging Face name, on rank 0's CPU; empty elsewhere."""
+        if not self._ranks.is_first:
+            return {}
+        # Each parameter once: a head tied to the embedding comes with the embedding.
+        return {
+            name: parameter.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+            for name, parameter in self._model.lm.named_parameters()
+        }
 
     def save(self, folder: Path) -> None:
         """Write model, optimizer and random states of this rank into `folder`. Every rank must call it."""

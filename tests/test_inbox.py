@@ -65,9 +65,11 @@ class Learner:
             terms=LeaseTerms(group_size=2, temperature=1.0, max_tokens=8, seed=seed, lease_s=lease_s),
             vocab_size=100,
             newest=lambda: self.newest,
+            is_published=lambda version: version == self.newest,
             evaluation=lambda: self.newest,
             on_evaluation=self._note,
         )
+        self.inbox.grants_leases = True
         self.inbox.start()
 
     def _note(self, result: EvaluationResult) -> Outcome:
@@ -350,11 +352,29 @@ def test_an_unknown_peer_is_told_to_say_hello(start: Callable[..., Learner], mee
         assert isinstance(refusal, Refusal)
         assert (refusal.reason, refusal.is_final) == ("unknown peer: say hello first", False)
     peer.join()
-    peer.socket.send_multipart(encode(Goodbye(run_id=learner.ledger.run_id, incarnation=99)))
-    assert isinstance(peer.receive(), Refusal)
+    for run_id, incarnation in ((learner.ledger.run_id, 99), ("another", 1)):
+        peer.socket.send_multipart(encode(Goodbye(run_id=run_id, incarnation=incarnation)))
+        assert isinstance(peer.receive(), Refusal)
 
 
-def test_leases_go_only_to_those_who_serve_weights_of_this_run(
+def test_a_learner_that_replays_neither_grants_leases_nor_takes_results(
+    start: Callable[..., Learner], meet: Callable[..., Peer]
+) -> None:
+    learner = start()
+    peer = meet(learner)
+    peer.join()
+    (lease,) = peer.work(capacity=1)
+    group = make_group(lease.lease_id)
+    learner.inbox.grants_leases = False
+    assert peer.work(capacity=2, held=[lease]) == ()
+    refusal = peer.ask(group_header(group), group_frames(group))
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, refusal.is_final) == ("the learner replays its last steps", False)
+    learner.inbox.grants_leases = True
+    assert peer.deliver(lease).outcome is Outcome.COMMITTED
+
+
+def test_leases_go_only_to_those_who_serve_published_weights(
     start: Callable[..., Learner], meet: Callable[..., Peer]
 ) -> None:
     learner = start()

@@ -56,7 +56,7 @@ MAX_BYTES = 4 << 20
 LIMITS = GroupLimits(vocab_size=320, group_size=3, max_version=7)
 VERSION = Version(run_id="run", incarnation=1, step=3, hash="ab" * 16)
 
-quick = settings(deadline=None, max_examples=60)
+quick = settings(deadline=None, derandomize=True, max_examples=60)
 names = st.text("abcXYZ019_.-", min_size=1, max_size=64)
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
 numbers = st.integers(0, 2**53)
@@ -78,7 +78,9 @@ leases = st.builds(
     max_tokens=st.integers(1, 2**24),
     seed=numbers,
 )
-rows = st.builds(TrajectoryHeader, num_tokens=st.integers(2, 2**24), reward=finite, is_truncated=st.booleans())
+rows = st.builds(
+    TrajectoryHeader, num_tokens=st.integers(2, 2**24), reward=st.floats(-1e6, 1e6), is_truncated=st.booleans()
+)
 fields: dict[type[Message], dict[str, Any]] = {
     Hello: {"peer_id": names, "session": names, "role": st.sampled_from(Role), "engine": names, "config_hash": names},
     Welcome: {
@@ -151,7 +153,7 @@ def test_every_kind_of_message_is_tried() -> None:
     assert set(fields) == set(get_args(get_args(AnyMessage)[0]))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=200)
 @given(messages, st.lists(st.binary(max_size=64), max_size=MAX_FRAMES - 1))
 def test_every_message_comes_back_as_it_went(message: AnyMessage, frames: list[bytes]) -> None:
     envelope = decode(encode(message, frames), max_bytes=MAX_BYTES)
@@ -163,7 +165,7 @@ def test_every_message_comes_back_as_it_went(message: AnyMessage, frames: list[b
 def test_the_largest_messages_that_the_models_allow_are_taken() -> None:
     name = "n" * 64
     request = WorkRequest(state=ActorState.SERVING, capacity=1, serving=VERSION, held=(name,) * 8192)
-    rows = (TrajectoryHeader(num_tokens=2**24, reward=-1.5e300, is_truncated=True),) * 4096
+    rows = (TrajectoryHeader(num_tokens=2**24, reward=-1e5 / 3, is_truncated=True),) * 4096
     for message in (request, GroupHeader(lease_id=name, num_prompt_tokens=2**24, trajectories=rows)):
         assert decode(encode(message), max_bytes=MAX_BYTES).message == message
     lease = Lease(lease_id=name, prompt_index=2**53, group_size=4096, temperature=0.1, max_tokens=2**24, seed=2**53)
@@ -262,13 +264,13 @@ def peak_bytes(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.lists(st.binary(max_size=200), max_size=MAX_FRAMES + 1))
 def test_random_bytes_give_an_envelope_or_a_wire_error(frames: list[bytes]) -> None:
     decode_or_refuse(frames)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=200)
 @given(messages, st.data())
 def test_damaged_messages_give_an_envelope_or_a_wire_error(message: AnyMessage, data: st.DataObject) -> None:
     header = bytearray(encode(message)[0])
@@ -278,7 +280,7 @@ def test_damaged_messages_give_an_envelope_or_a_wire_error(message: AnyMessage, 
     decode_or_refuse([bytes(header)])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=200)
 @given(
     st.dictionaries(
         st.sampled_from(["protocol", "kind", "version", "newest", "leases", "held", "role", "reason"]) | st.text(),
@@ -449,7 +451,7 @@ def test_a_header_that_claims_more_tokens_than_there_are_costs_nothing() -> None
     assert peak_bytes(read) < 4 << 20
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.data())
 def test_damaged_groups_are_read_or_refused(data: st.DataObject) -> None:
     header, frames = sent(make_group())

@@ -213,7 +213,7 @@ def copy_weights(path: Path, model: PreTrainedModel) -> None:
     """Copy a snapshot into `model` once its names and shapes are seen to be the model's; a tied head may be missing."""
     got, expected = load_file(path), model.state_dict()
     optional = {HEAD} if model.config.tie_word_embeddings else set()
-    wrong = got.keys() ^ expected.keys() - optional
+    wrong = (got.keys() ^ expected.keys()) - optional
     wrong |= {name for name in got.keys() & expected.keys() if got[name].shape != expected[name].shape}
     if wrong:
         name = min(wrong)

@@ -1,6 +1,7 @@
 """`chord-eval`: scores a run's versions on held-out problems, or one model folder with --model."""
 
 import asyncio
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,7 @@ from common.command import (
     start_logging,
 )
 from common.config.schema import Config
+from common.model_folder import require_model_folder
 from common.run_dir import RunDir
 
 app = new_command("The evaluator: scores versions of a run, or one model folder, on held-out problems.")
@@ -32,12 +34,14 @@ def evaluator(
 ) -> None:
     """Serve a learner's evaluations until its run is over, or score --model and stop."""
     resolved = resolve_or_check(config, overrides, check=check).config
-    from actors.start import check_model, default_name
+    from actors.start import check_address, default_name
     from common.wire.messages import Role
 
     if model:
         resolved = resolved.model_copy(update={"model": resolved.model.model_copy(update={"path": str(model)})})
-    check_model(resolved)
+    require_model_folder(resolved.model.path)
+    if not model:
+        check_address(resolved)
     start_logging(name or "evaluator")
     with RunDir(Path(resolved.run.dir)).explains_full_disk():
         asyncio.run(score_folder(resolved) if model else serve(resolved, name or default_name(Role.EVALUATOR)))
@@ -45,8 +49,7 @@ def evaluator(
 
 async def serve(config: Config, name: str) -> None:
     """Start the parts, serve the learner, and close them in the opposite order."""
-    from prometheus_client import CollectorRegistry
-
+    from actors.evaluator.metrics import EvaluatorMetrics
     from actors.evaluator.service import EvaluationService
     from actors.fitter import Fitter
     from actors.link import LearnerLink
@@ -54,15 +57,22 @@ async def serve(config: Config, name: str) -> None:
     from common.wire.messages import Role
 
     parts = make_parts(config, config.eval.engine or config.actor.engine)
+    metrics = EvaluatorMetrics()
     serve_peer_metrics(
-        CollectorRegistry(), host=config.learner.metrics_host, port=config.eval.metrics_port, key="eval.metrics_port"
+        metrics.registry, host=config.learner.metrics_host, port=config.eval.metrics_port, key="eval.metrics_port"
     )
     await parts.engine.start()
     link = LearnerLink(config.network, make_hello(config, name=name, role=Role.EVALUATOR, engine=parts.engine))
-    fitter = Fitter(parts.engine, config.network, RunDir(Path(config.run.dir)).weights(name), in_flight=False)
+    fitter = Fitter(
+        parts.engine,
+        config.network,
+        RunDir(Path(config.run.dir)).weights(name),
+        in_flight=False,
+        welcome=lambda: link.welcome,
+    )
     service = EvaluationService(
         parts, link, fitter, sampling_of(config), task=task_of(config), num_problems=config.eval.num_problems,
-        max_concurrency=config.eval.max_concurrency,
+        max_concurrency=config.eval.max_concurrency, metrics=metrics,
     )  # fmt: skip
     on_stop(service.stop)
     try:
@@ -109,7 +119,8 @@ def sampling_of(config: Config):
 
 def task_of(config: Config) -> str:
     """What the evaluation is called: the family where the environment has one."""
-    return str(config.environment.options.get("family", config.environment.name))
+    name = str(config.environment.options.get("family", config.environment.name))
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:64]
 
 
 def main() -> None:

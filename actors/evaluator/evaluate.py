@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from actors.engine import SamplingParameters
 from actors.start import Parts
+from common.errors import OperatorError
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,25 @@ class Score:
 
 async def evaluate(
     parts: Parts, sampling: SamplingParameters, *, num_problems: int, max_concurrency: int,
-    on_progress: Callable[[int], None] = lambda done: None,
 ) -> Score:  # fmt: skip
-    """One answer to each of the first `num_problems` held-out problems. Raises IndexError where there are fewer."""
+    """One answer to each of the first `num_problems` held-out problems. Raises OperatorError where there are fewer."""
     started = time.monotonic()
     room = asyncio.Semaphore(max_concurrency)
-    episodes = [parts.environment.episode("held_out", index) for index in range(num_problems)]
-    done = 0
+    try:
+        episodes = [parts.environment.episode("held_out", index) for index in range(num_problems)]
+    except IndexError as error:
+        raise OperatorError(f"eval.num_problems: got {num_problems}, expected fewer: {error}") from error
 
     async def run(index: int) -> tuple[float, int]:
-        nonlocal done
         async with room:
             trajectory, _ = await parts.rollout.episode(episodes[index], sampling)
-        done += 1
-        on_progress(done)
         return trajectory.reward, trajectory.num_answer_tokens
 
-    async with asyncio.TaskGroup() as running:
-        tasks = [running.create_task(run(index)) for index in range(num_problems)]
+    try:
+        async with asyncio.TaskGroup() as running:
+            tasks = [running.create_task(run(index)) for index in range(num_problems)]
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
     rewards, lengths = zip(*(task.result() for task in tasks), strict=True)
     return Score(
         num_problems=num_problems,

@@ -1,13 +1,9 @@
 """A model folder as a snapshot, so that it is loaded and scored like any version of a run."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.errors import OperatorError
 from common.weights.snapshot import Snapshot, write_snapshot
-
-if TYPE_CHECKING:
-    pass
 
 CHUNK_BYTES = 4 << 20
 

@@ -11,12 +11,13 @@ from contextlib import suppress
 
 from actors.engine import SamplingParameters
 from actors.evaluator.evaluate import evaluate
+from actors.evaluator.metrics import EvaluatorMetrics
 from actors.fitter import Fitter
 from actors.link import LearnerLink
 from actors.start import Parts
 from common.errors import ComponentFailure, OperatorError
 from common.version import Version
-from common.weights.client import VersionGone
+from common.weights.client import FetchCancelled, VersionGone
 from common.wire.messages import ActorState, EvaluationResult, Goodbye, Receipt, Work, WorkRequest
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class EvaluationService:
         task: str,
         num_problems: int,
         max_concurrency: int,
+        metrics: EvaluatorMetrics,
     ) -> None:
         self._parts = parts
         self._link = link
@@ -45,6 +47,7 @@ class EvaluationService:
         self._task = task
         self._num_problems = num_problems
         self._max_concurrency = max_concurrency
+        self._metrics = metrics
         self._serving: asyncio.Task[None] | None = None
 
     def stop(self) -> None:
@@ -80,15 +83,13 @@ class EvaluationService:
                 await asyncio.wait([evaluating], timeout=QUESTION_S)
                 await self._ask(ActorState.SERVING)
             evaluating.result()
-        except VersionGone:
+        except (VersionGone, FetchCancelled):
             log.warning("%s is no longer kept: not evaluated", version)
         finally:
             evaluating.cancel()
 
     async def _evaluate(self, version: Version) -> None:
-        welcome = self._link.welcome
-        assert welcome
-        await self._fitter.fit(version, welcome)
+        await self._fitter.fit(version)
         score = await evaluate(
             self._parts, self._sampling, num_problems=self._num_problems, max_concurrency=self._max_concurrency
         )
@@ -102,6 +103,7 @@ class EvaluationService:
             wall_s=score.wall_s,
         )
         await self._link.ask(result, Receipt, phase=f"the receipt of the evaluation of {version}")
+        self._metrics.observe(version, score)
         log.info("%s: accuracy %.3f (%d of %d)", version, score.accuracy, score.num_correct, score.num_problems)
 
     async def _ask(self, state: ActorState) -> Work:

@@ -95,6 +95,13 @@ class Algorithm(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for preset, mu in (("grpo", 0.0), ("sft", 1.0)):
+            for key in ("mu_peak", "mu_valley"):
+                if self.preset == preset and getattr(self, key) != mu:
+                    raise ValueError(
+                        f'algorithm.{key}: got {getattr(self, key)} with preset "{preset}", expected {mu}: '
+                        "leave it out, or choose chord_mu"
+                    )
         if self.mu_decay_steps == 0 and self.mu_peak != self.mu_valley:
             raise ValueError(
                 f"algorithm.mu_decay_steps: got 0 with mu_peak {self.mu_peak} and mu_valley {self.mu_valley}, "
@@ -131,7 +138,7 @@ class Learner(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
     adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's β")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="global gradient norm is clipped to this")
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage")
+    zero_stage: Annotated[int, Field(ge=0, le=2)] = Field(0, description="DeepSpeed ZeRO stage; 3 is not built yet")
     num_ranks: Positive = Field(1, description="training processes; more than 1 starts them through torchrun")
     num_threads: Count = Field(0, description="CPU threads of one rank; 0 leaves it to torch")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -153,6 +160,8 @@ class Learner(Section):
 class Network(Section):
     host: str = Field("127.0.0.1", description="address of the learner: bound by it, connected to by actors")
     port: Port = Field(5757, description="the learner's front door; chord-local turns 0 into a free port")
+    weights_port: Port = Field(0, description="where the learner serves weights; 0 takes a free port and tells actors")
+    announcements_port: Port = Field(0, description="where it announces versions; 0 takes a free port and tells actors")
     heartbeat_s: Seconds = Field(1.0, description="between ZeroMQ heartbeats")
     silence_s: Seconds = Field(4.0, description="a peer silent for longer is disconnected")
     lease_s: Seconds = Field(20.0, description="a lease whose actor has been silent for longer is issued again")

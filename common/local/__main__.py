@@ -16,6 +16,7 @@ from common.config.schema import Config
 from common.errors import OperatorError
 from common.local.progress import Progress, describe_summary
 from common.local.supervisor import Supervisor
+from common.model_folder import require_model_folder
 from common.run_dir import RunDir
 
 app = new_command("A whole CHORD run on this machine: learner, actors and evaluator as processes.")
@@ -36,10 +37,7 @@ def local(
 ) -> None:
     """Run learner, run.num_actors actors and an evaluator until learner.num_steps steps are done."""
     resolved = resolve_or_check(config, overrides, check=check).config
-    if not (Path(resolved.model.path) / "config.json").is_file():
-        raise OperatorError(
-            f"model.path: got {resolved.model.path!r}, expected a Hugging Face folder with a config.json"
-        )
+    require_model_folder(resolved.model.path)
     run_dir = RunDir(Path(resolved.run.dir))
     if fresh:
         run_dir.clear()
@@ -75,8 +73,9 @@ class LocalRun:
         self._supervisor = Supervisor(
             run_dir.config, run_dir.logs, num_actors=config.run.num_actors if config.algorithm.trains_on_groups else 0,
             has_evaluator=config.eval.every_steps > 0,
+            first_metrics_port=config.actor.metrics_port,
         )  # fmt: skip
-        self._is_stopping = False
+        self._num_signals = 0
         self._peak_bytes = 0
 
     def run(self) -> None:
@@ -87,16 +86,16 @@ class LocalRun:
         try:
             self._supervisor.start()
             self._follow()
-            self._supervisor.wait_for_peers(0.0 if self._is_stopping else LEAVE_S)
+            self._supervisor.wait_for_peers(0.0 if self._num_signals else LEAVE_S)
         finally:
-            self._supervisor.stop()
+            self._supervisor.stop(is_impatient=lambda: self._num_signals > 1)
         self._conclude()
 
     def _follow(self) -> None:
         """Until the learner has ended or the user has had enough."""
         shown = measured = 0.0
         with Live(console=self._console, refresh_per_second=4, transient=True) as live:
-            while self._supervisor.learner.exit_code != 0 and not self._is_stopping:
+            while self._supervisor.learner.exit_code != 0 and self._num_signals == 0:
                 news = self._supervisor.watch() + self._progress.read()
                 for line in news:
                     self._say(line)
@@ -129,9 +128,9 @@ class LocalRun:
             self._say(f"trained policy: {self._run_dir.final}")
 
     def _stop(self, *_: object) -> None:
-        if not self._is_stopping:
-            self._is_stopping = True
-            self._say("stopping: actors drain, the learner writes a checkpoint")
+        self._num_signals += 1
+        if self._num_signals == 1:
+            self._say("stopping: actors drain, the learner ends its step and writes a checkpoint (again: stop at once)")
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False)

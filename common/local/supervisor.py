@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,9 @@ MAX_CRASHES = 5
 """Crashes of one component within CRASH_WINDOW_S that end the run."""
 CRASH_WINDOW_S = 300.0
 STOP_S = 30.0
-"""Longest time from SIGTERM to SIGKILL."""
+"""Longest time from SIGTERM to SIGKILL for actors and evaluator."""
+LEARNER_STOP_S = 600.0
+"""The same for the learner, which first ends its step and writes a checkpoint."""
 PR_SET_PDEATHSIG = 1
 
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
@@ -54,6 +56,15 @@ class Component:
                 env={**QUIET_THREADS, **os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=_die_with_parent,
             )  # fmt: skip
 
+    def terminate(self) -> None:
+        if self.process and self.is_running:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        if self.process and self.is_running:
+            self.process.kill()
+            self.process.wait()
+
     def last_line(self) -> str:
         """The last line of its log."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
@@ -63,14 +74,22 @@ class Component:
 class Supervisor:
     """The components of one run; the first is the learner, whose end is the end of the run."""
 
-    def __init__(self, config: Path, log_folder: Path, *, num_actors: int, has_evaluator: bool) -> None:
+    def __init__(
+        self, config: Path, log_folder: Path, *, num_actors: int, has_evaluator: bool, first_metrics_port: int = 0
+    ) -> None:
+        """`first_metrics_port`: of actor 0, the next actor has the next one; 0 leaves each a free one."""
+
         def component(name: str, module: str, *options: str) -> Component:
             command = [sys.executable, "-m", module, "--config", str(config), *options]
             return Component(name, command, log_folder / f"{name}.log")
 
         self.learner = component("learner", "learner")
         names = [f"actor-{i}" for i in range(num_actors)]
-        self.peers = [component(name, "actors", "--name", name) for name in names]
+        ports = [first_metrics_port + i if first_metrics_port else 0 for i in range(num_actors)]
+        self.peers = [
+            component(name, "actors", "--name", name, f"actor.metrics_port={port}")
+            for name, port in zip(names, ports, strict=True)
+        ]
         if has_evaluator:
             self.peers.append(component("evaluator", "actors.evaluator", "--name", "evaluator"))
         self.num_restarts = 0
@@ -105,20 +124,20 @@ class Supervisor:
             self.num_restarts += 1
         return news
 
-    def stop(self) -> None:
-        """SIGTERM to all, SIGKILL to what is still there after STOP_S; returns when every process is gone."""
+    def stop(self, *, is_impatient: Callable[[], bool] = lambda: False) -> None:
+        """SIGTERM to all, SIGKILL to what outstays its time or the user's patience; returns when all are gone."""
         families = [psutil.Process(c.process.pid) for c in self.components if c.is_running and c.process]
         descendants = [child for parent in families for child in _children(parent)]
         for component in self.components:
-            if component.is_running and component.process:
-                component.process.terminate()
-        deadline = time.monotonic() + STOP_S
-        while any(component.is_running for component in self.components) and time.monotonic() < deadline:
+            component.terminate()
+        started = time.monotonic()
+        while any(component.is_running for component in self.components):
+            waited = time.monotonic() - started
+            for component in self.components:
+                limit = LEARNER_STOP_S if component is self.learner else STOP_S
+                if waited > limit or is_impatient():
+                    component.kill()
             time.sleep(0.1)
-        for component in self.components:
-            if component.is_running and component.process:
-                component.process.kill()
-                component.process.wait()
         _, alive = psutil.wait_procs(descendants, timeout=5)
         for process in alive:
             process.kill()

@@ -38,10 +38,12 @@ class Served:
 class WeightServer:
     """Consumes snapshots from `publish`; its thread answers peers. Waits for nobody: each fetches at its own pace."""
 
-    def __init__(self, context: "zmq.Context[Any]", *, host: str, port: int, limits: SocketLimits) -> None:
+    def __init__(
+        self, context: "zmq.Context[Any]", *, host: str, port: int, limits: SocketLimits, announcements_port: int = 0
+    ) -> None:
         self._announcements = open_socket(context, zmq.PUB, limits)
         self._requests = open_socket(context, zmq.ROUTER, limits)
-        self.announcements_port = bind(self._announcements, host, 0, "announcements")
+        self.announcements_port = bind(self._announcements, host, announcements_port, "announcements")
         self.port = bind(self._requests, host, port, "weights")
         self._served: dict[str, Served] = {}
         self._lock = threading.Lock()
@@ -52,7 +54,16 @@ class WeightServer:
         self._thread.start()
 
     def publish(self, snapshot: Snapshot, *, pin: bool) -> None:
-        """Offer a snapshot and announce it; `pin` keeps it until `unpin`. Call it from one thread only."""
+        """Offer a snapshot as the newest and announce it. Call it from one thread only."""
+        self.offer(snapshot, pin=pin)
+        self.newest = snapshot.version
+        self._retire_old()
+        version = snapshot.version
+        header = Announcement(run_id=version.run_id, incarnation=version.incarnation, version=version)
+        self._announcements.send_multipart(encode(header))
+
+    def offer(self, snapshot: Snapshot, *, pin: bool) -> None:
+        """Let peers fetch a snapshot; `pin` keeps it until `unpin`."""
         descriptor = os.open(snapshot.path, os.O_RDONLY)
         with self._lock:
             pins = {snapshot.version.step} if pin else set[int]()
@@ -62,12 +73,6 @@ class WeightServer:
                 if known.snapshot.path != snapshot.path:
                     known.snapshot.path.unlink(missing_ok=True)
             self._served[snapshot.version.hash] = Served(snapshot, descriptor, pins)
-            self.newest = snapshot.version
-        self._retire_old()
-        header = Announcement(
-            run_id=snapshot.version.run_id, incarnation=snapshot.version.incarnation, version=snapshot.version
-        )
-        self._announcements.send_multipart(encode(header))
 
     def unpin(self, version: Version) -> None:
         with self._lock:

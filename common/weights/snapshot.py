@@ -70,11 +70,15 @@ def write_snapshot(
     partial = path.with_suffix(".partial")
     cast(Any, save_file)(dict(tensors), partial, metadata={"format": "pt"})
     partial.chmod(0o644)
-    hashes = tuple(_chunk_hashes(partial, chunk_bytes))
-    version = Version(run_id=run_id, incarnation=incarnation, step=step, hash=hash_of_chunks(hashes))
-    manifest = Manifest(version, partial.stat().st_size, chunk_bytes, hashes)
     os.replace(partial, path)
-    return Snapshot(path, manifest)
+    return read_snapshot(path, run_id=run_id, incarnation=incarnation, step=step, chunk_bytes=chunk_bytes)
+
+
+def read_snapshot(path: Path, *, run_id: str, incarnation: int, step: int, chunk_bytes: int) -> Snapshot:
+    """The snapshot of a file that is there: its bytes are what the version is named by."""
+    hashes = tuple(_chunk_hashes(path, chunk_bytes))
+    version = Version(run_id=run_id, incarnation=incarnation, step=step, hash=hash_of_chunks(hashes))
+    return Snapshot(path, Manifest(version, path.stat().st_size, chunk_bytes, hashes))
 
 
 def _chunk_hashes(path: Path, chunk_bytes: int) -> Iterable[bytes]:

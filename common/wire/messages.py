@@ -128,7 +128,7 @@ class TrajectoryHeader(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     num_tokens: Annotated[int, Field(ge=2, le=2**24)]
-    reward: Annotated[float, Field(allow_inf_nan=False)]
+    reward: Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
     is_truncated: bool
 
 
