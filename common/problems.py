@@ -42,11 +42,23 @@ def split_of(question: str) -> Split:
 class ReasoningProblems:
     """An endless, seeded, random-access stream of problems of one family, for each split."""
 
-    def __init__(self, *, family: str, system_prompt: str = "", seed: int = 0, **parameters: Any) -> None:
-        """`parameters` are the family's own. Raises ConfigError where reasoning_gym refuses them."""
+    def __init__(
+        self,
+        *,
+        family: str,
+        system_prompt: str = "",
+        num_train_problems: int | None = None,
+        seed: int = 0,
+        **parameters: Any,
+    ) -> None:
+        """`parameters` are the family's own. Raises ConfigError where reasoning_gym refuses them.
+
+        `num_train_problems` makes the training split a finite one, gone through again and again.
+        """
         import reasoning_gym  # pyright: ignore[reportMissingTypeStubs]
 
         self.family = family
+        self._num_train_problems = num_train_problems
         self._system = (ChatMessage(role="system", content=system_prompt),) if system_prompt else ()
         try:
             self._dataset = cast(Any, reasoning_gym).create_dataset(family, size=2**31 - 1, seed=seed, **parameters)
@@ -55,6 +67,8 @@ class ReasoningProblems:
 
     def problem(self, split: Split, index: int) -> Problem:
         """Problem number `index` of `split`; the same one for the same seed, on any machine."""
+        if split == "train" and self._num_train_problems:
+            index %= self._num_train_problems
         for position in range(index * _WINDOW, (index + 1) * _WINDOW):
             problem = self._at(position)
             if split_of(problem.question) == split:

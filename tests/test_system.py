@@ -1,12 +1,15 @@
 """Whole runs of real processes: a learner, two actors and an evaluator with a tiny model over ZeroMQ."""
 
+import re
 import signal
 import sqlite3
+import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 
 from tests.runs import LocalRun, audit_groups, import_experts, read_lines, read_summary, run_module, write_config
@@ -150,21 +153,16 @@ def test_mistakes_end_with_one_line_and_exit_code_two(tiny_model: Path, tmp_path
         assert "Traceback" not in done.stderr
 
 
-def test_a_busy_port_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tiny_model, eval={"every_steps": 0}, learner={"num_steps": 100000})
+def test_a_busy_port_is_named_and_every_component_serves_metrics(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_model, eval={"every_steps": 1000}, learner={"num_steps": 100000})
     import_experts(config)
     with LocalRun(config) as run:
-        run.wait_until(lambda: run.num_steps_done() >= 1)
-        port = next(
-            line for line in (run.folder / "config.toml").read_text().splitlines() if line.startswith("port = ")
-        )
+        run.wait_until(lambda: run.num_steps_done() >= 1 and len(read_lines(run.folder / "eval.jsonl")) == 1)
+        scraped = {log.stem: scrape(log) for log in sorted((run.folder / "logs").glob("*.log"))}
+        lines = (run.folder / "config.toml").read_text().splitlines()
+        port = next(line.replace(" ", "") for line in lines if line.startswith("port = "))
         done = run_module(
-            "learner",
-            "--config",
-            str(config),
-            f"network.{port.replace(' ', '')}",
-            "run.dir=" + str(tmp_path / "b"),
-            check=False,
+            "learner", "--config", str(config), f"network.{port}", f"run.dir={tmp_path / 'b'}", check=False
         )
         other = run_module("learner", "--config", str(run.folder / "config.toml"), check=False)
         run.process.send_signal(signal.SIGTERM)
@@ -172,3 +170,16 @@ def test_a_busy_port_is_named(tiny_model: Path, tmp_path: Path) -> None:
     assert done.returncode == other.returncode == 2
     assert "network.port: cannot bind" in done.stderr.splitlines()[-1]
     assert "is in use by another learner" in other.stderr.splitlines()[-1]
+    assert scraped.keys() == {"learner", "actor-0", "actor-1", "evaluator"}
+    assert scraped["learner"]["chord_learner_step"] >= 1
+    assert scraped["actor-0"]["chord_actor_tokens_total"] + scraped["actor-1"]["chord_actor_tokens_total"] > 0
+    assert scraped["evaluator"]["chord_evaluations_total"] == 1
+
+
+def scrape(log: Path) -> dict[str, float]:
+    """The metrics that the component of this log serves, by name."""
+    found = re.search(r"metrics: (http://\S+)", log.read_text())
+    assert found, log.read_text()[-2000:]
+    with urllib.request.urlopen(found.group(1), timeout=10) as reply:
+        text = reply.read().decode()
+    return {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}

@@ -92,7 +92,7 @@ class WeightClient:
     def _fetch_manifest(self, version: Version, is_wanted: Callable[[], bool]) -> Manifest:
         phase = f"the manifest of {version}"
         started = asked = time.monotonic()
-        self._send(ManifestRequest(version=version))
+        self._send(ManifestRequest(version=version).stamped(version))
         while True:
             envelope = self._receive(is_wanted)
             if (
@@ -103,7 +103,7 @@ class WeightClient:
                 return _read_manifest(envelope.message, envelope.frames)
             self._check_time(started, phase)
             if time.monotonic() - asked > self._retry_s:
-                self._send(ManifestRequest(version=version))
+                self._send(ManifestRequest(version=version).stamped(version))
                 asked = time.monotonic()
 
     def _fetch_chunks(self, progress: Progress, is_wanted: Callable[[], bool]) -> None:
@@ -118,7 +118,7 @@ class WeightClient:
                 while progress.missing and len(outstanding) < self._credit:
                     index = progress.missing.pop()
                     outstanding[index] = now
-                    self._send(ChunkRequest(version=manifest.version, index=index))
+                    self._send(ChunkRequest(version=manifest.version, index=index).stamped(manifest.version))
                 try:
                     envelope = self._receive(is_wanted)
                     index = self._store(envelope, manifest, outstanding, file.fileno()) if envelope else None

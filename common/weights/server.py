@@ -58,8 +58,7 @@ class WeightServer:
         self.offer(snapshot, pin=pin)
         self.newest = snapshot.version
         self._retire_old()
-        version = snapshot.version
-        header = Announcement(run_id=version.run_id, incarnation=version.incarnation, version=version)
+        header = Announcement(version=snapshot.version).stamped(snapshot.version)
         self._announcements.send_multipart(encode(header))
 
     def offer(self, snapshot: Snapshot, *, pin: bool) -> None:
@@ -127,9 +126,8 @@ class WeightServer:
             if served:
                 served.asked_at = time.monotonic()
         if served is None:
-            return encode(
-                ManifestReply(request_id=request.request_id, version=request.version, num_bytes=0, chunk_bytes=1)
-            )
+            gone = ManifestReply(request_id=request.request_id, version=request.version, num_bytes=0, chunk_bytes=1)
+            return encode(gone.stamped(request.version))
         manifest = served.snapshot.manifest
         header = ManifestReply(
             request_id=request.request_id,
@@ -137,10 +135,11 @@ class WeightServer:
             num_bytes=manifest.num_bytes,
             chunk_bytes=manifest.chunk_bytes,
         )
-        return encode(header, [b"".join(manifest.chunk_hashes)])
+        return encode(header.stamped(manifest.version), [b"".join(manifest.chunk_hashes)])
 
     def _chunk(self, request: ChunkRequest) -> list[Buffer]:
         header = Chunk(request_id=request.request_id, version=request.version, index=request.index)
+        header = header.stamped(request.version)
         with self._lock:
             served = self._served.get(request.version.hash)
             if served is None or request.index >= served.snapshot.manifest.num_chunks:

@@ -6,7 +6,7 @@ peer at its own pace.
 """
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -54,6 +54,10 @@ class Message(BaseModel):
     incarnation: Number = 0
     request_id: Number = 0
     """Set by the asking side; the reply repeats it."""
+
+    def stamped(self, version: Version) -> Self:
+        """This message, of the run and incarnation that `version` is of."""
+        return self.model_copy(update={"run_id": version.run_id, "incarnation": version.incarnation})
 
 
 class Hello(Message):
