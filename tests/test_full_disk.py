@@ -25,9 +25,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_named_in_one_line(tiny_model: Path, tmp_path: Path, small_disk: Path) -> None:
     config = write_config(
-        tmp_path, tiny_model, run={"dir": str(small_disk / "run")}, algorithm={"preset": "sft"}, eval={"every_steps": 0},
+        tmp_path,
+        tiny_model,
+        run={"dir": str(small_disk / "run")},
+        algorithm={"preset": "sft"},
+        eval={"every_steps": 0},
         learner={"num_steps": 8, "checkpoint_every_steps": 1, "keep_checkpoints": 4},
-    )  # fmt: skip
+    )
     import_experts(config)
     done = run_module("learner", "--config", str(config), check=False)
     assert done.returncode == 2, done.stderr[-2000:]
