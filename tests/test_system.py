@@ -147,7 +147,7 @@ def test_mistakes_end_with_one_line_and_exit_code_two(tiny_model: Path, tmp_path
     }
     for override, expected in mistakes.items():
         module = "actors" if override.startswith("environment") else "learner"
-        done = run_module(module, "--config", config, override, check=False)
+        done = run_module(module, "--config", config, override, "network.port=5999", check=False)
         assert done.returncode == 2, done.stderr
         assert expected in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
