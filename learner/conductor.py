@@ -54,6 +54,7 @@ class Conductor:
         if config.learner.num_threads:
             torch.set_num_threads(config.learner.num_threads)
         torch.manual_seed(config.run.seed)
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         learner = config.learner

@@ -13,6 +13,7 @@ answers never build on keys and values of older weights.
 
 import asyncio
 import itertools
+import logging
 import os
 import secrets
 from collections.abc import Sequence
@@ -132,6 +133,7 @@ class VllmEngine:
     async def close(self) -> None:
         llm, self._llm, self._version = self._llm, None, None
         if llm is not None:
+            logging.getLogger("vllm").setLevel(logging.CRITICAL)  # it reports the end that it was asked for as a death
             await asyncio.to_thread(llm.shutdown)
 
 

@@ -4,6 +4,7 @@ vLLM finds `register` through the entry-point group `vllm.general_plugins` and c
 With actors.engines.vllm this is the only file that reaches vLLM.
 """
 
+import logging
 import os
 import select
 import signal
@@ -57,6 +58,8 @@ def register() -> None:
         def receive_weights(self, update_info: SnapshotFile) -> None:
             load_snapshot(self.model, self.model_config, Path(update_info.path))
 
+    # It warns of layers without weights of their own, tied heads and rotary embeddings, at every load.
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, SnapshotTransfer)
 

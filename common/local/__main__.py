@@ -41,10 +41,20 @@ def local(
     run_dir = RunDir(Path(resolved.run.dir))
     if fresh:
         run_dir.clear()
+    if (done := steps_done(run_dir)) >= resolved.learner.num_steps:
+        print(f"{run_dir.path} is complete ({done} steps): raise learner.num_steps to go on, or use --fresh")
+        raise typer.Exit(0)
     run_dir.create()
     resolved = with_port(resolved)
     run_dir.save_config(resolved)
     LocalRun(resolved, run_dir).run()
+
+
+def steps_done(run_dir: RunDir) -> int:
+    """Steps of a run that came to its end; 0 where there is none."""
+    if not (run_dir.summary.exists() and run_dir.final.exists()):
+        return 0
+    return int(json.loads(run_dir.summary.read_text())["steps"])
 
 
 def with_port(config: Config) -> Config:

@@ -69,7 +69,7 @@ class Progress:
     def now(self) -> str:
         """What happens at this moment, and who waits for whom."""
         if not self.status:
-            return "the learner starts"
+            return "the learner starts (loading libraries)"
         peers = ", ".join(describe_peer(peer) for peer in self.status["peers"]) or "no actor has joined yet"
         waiting = f", waits for {self.status['waiting_for']}" if self.status["waiting_for"] else ""
         return f"learner: {self.status['phase']} after step {self.status['step']}{waiting}; {peers}"
@@ -81,7 +81,7 @@ def describe_step(line: Line, *, num_steps: int) -> str:
         parts += [
             f"reward {line['reward_mean']:.3f}",
             f"signal {line['groups_with_signal_frac']:.0%}",
-            f"lag {line['staleness_mean']:.1f} (max {line['staleness_max']})",
+            f"staleness {line['staleness_mean']:.1f} (max {line['staleness_max']})",
         ]
     parts.append(f"μ {line['mu']:.3f}")
     if line["num_expert_tokens"]:
