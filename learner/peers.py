@@ -32,7 +32,6 @@ class Peers:
 
     def __init__(self) -> None:
         self._peers: dict[bytes, Peer] = {}
-        self.num_joined = 0
         self._departed_tokens = 0
 
     def join(self, routing_id: bytes, hello: Hello) -> str | None:
@@ -43,7 +42,6 @@ class Peers:
         if earlier:
             self._departed_tokens += earlier.sampled_tokens
         self._peers[routing_id] = Peer(hello.peer_id, hello.session, hello.role, hello.engine)
-        self.num_joined += 1
         return earlier.session if earlier else None
 
     def get(self, routing_id: bytes) -> Peer | None:

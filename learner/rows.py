@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from common.chat import Demonstration
-from common.trajectory import Trajectory, TrajectoryGroup
+from common.trajectory import TrajectoryGroup
 from learner.objective.advantages import group_advantages
 
 EXPERT_TEMPERATURE = 1.0
@@ -109,8 +109,3 @@ def micro_batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
         else:
             batches.append([row])
     return batches
-
-
-def trained_tokens(trajectory: Trajectory) -> int:
-    """Loss-bearing tokens of a trajectory."""
-    return int((trajectory.mask > 0).sum())

@@ -139,11 +139,11 @@ class Ledger:
         )
         return GrantedLease(lease_id, group_id, prompt_index)
 
-    def expire(self, session: str, *, except_for: Sequence[str] = ()) -> int:
-        """Give back the active leases of `session`, `except_for` those; returns how many."""
+    def expire(self, session: str) -> int:
+        """Give back the active leases of `session`; returns how many."""
         with self._transaction():
             rows = self._db.execute("SELECT lease_id FROM leases WHERE session = ? AND state = 'active'", (session,))
-            gone = [lease_id for (lease_id,) in rows.fetchall() if lease_id not in except_for]
+            gone = [lease_id for (lease_id,) in rows.fetchall()]
             return sum(self._give_back(lease_id, "expired") for lease_id in gone)
 
     def expire_lease(self, lease_id: str) -> int:
