@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from common.chat import Chat
 from common.config.schema import Config, StalenessPolicy
-from common.errors import WaitTimeout
 from common.trajectory import TrajectoryGroup
+from common.wait import Wait
 from common.wire.groups import from_blob
 from learner.expert.sampler import draw
 from learner.expert.store import ExpertStore
@@ -87,8 +87,7 @@ class Source:
         limit = self._config.learner.start_timeout_s if step == 0 else self._config.learner.group_timeout_s
         wanted = self._config.learner.groups_per_step
         is_paced = self._config.algorithm.staleness_policy is StalenessPolicy.PACE
-        started = last_change = time.monotonic()
-        most = -1
+        wait, most = Wait("actors", limit_s=limit), -1
         try:
             while True:
                 with self._ledger.changed:
@@ -96,15 +95,12 @@ class Source:
                     if len(ready) == wanted:
                         return ready
                     if (held := self._ledger.counts().committed) != most:
-                        most, last_change = held, time.monotonic()
+                        most = held
+                        wait.progress()
                     self.waiting_for = f"{wanted - len(ready)} of {wanted} groups of step {step + 1}"
                     self._ledger.changed.wait(timeout=0.2)
                 self._check()
-                if time.monotonic() - last_change > limit:
-                    raise WaitTimeout(
-                        f"waited {time.monotonic() - started:.0f} s for {self.waiting_for} from actors "
-                        f"({self._describe_peers()}), expected one within {limit:.0f} s"
-                    )
+                wait.check(f"{self.waiting_for} ({self._describe_peers()})")
         finally:
             self.waiting_for = ""
 

@@ -12,6 +12,7 @@ import zmq
 
 from common.errors import OperatorError, WaitTimeout
 from common.version import Version
+from common.wait import Wait
 from common.weights.snapshot import HASH_BYTES, Manifest, Snapshot, hash_chunk, hash_of_chunks
 from common.wire.codec import Buffer, Envelope, WireError, decode, encode
 from common.wire.messages import Chunk, ChunkRequest, ManifestReply, ManifestRequest, Message
@@ -90,8 +91,8 @@ class WeightClient:
         return Progress(manifest, path, list(reversed(range(manifest.num_chunks))))
 
     def _fetch_manifest(self, version: Version, is_wanted: Callable[[], bool]) -> Manifest:
-        phase = f"the manifest of {version}"
-        started = asked = time.monotonic()
+        wait = Wait("learner", limit_s=self._timeout_s)
+        asked = time.monotonic()
         self._send(ManifestRequest(version=version).stamped(version))
         while True:
             envelope = self._receive(is_wanted)
@@ -101,14 +102,14 @@ class WeightClient:
                 and envelope.message.version.hash == version.hash
             ):
                 return _read_manifest(envelope.message, envelope.frames)
-            self._check_time(started, phase)
+            wait.check(f"the manifest of {version}")
             if time.monotonic() - asked > self._retry_s:
                 self._send(ManifestRequest(version=version).stamped(version))
                 asked = time.monotonic()
 
     def _fetch_chunks(self, progress: Progress, is_wanted: Callable[[], bool]) -> None:
         manifest, outstanding = progress.manifest, dict[int, float]()
-        last_progress = time.monotonic()
+        wait = Wait("learner", limit_s=self._timeout_s)
         with progress.path.open("r+b", buffering=0) as file:
             while progress.missing or outstanding:
                 now = time.monotonic()
@@ -127,10 +128,10 @@ class WeightClient:
                     raise
                 if index is not None:
                     del outstanding[index]
-                    last_progress = now
+                    wait.progress()
                 done = manifest.num_chunks - len(progress.missing) - len(outstanding)
                 try:
-                    self._check_time(last_progress, f"chunk {done + 1}/{manifest.num_chunks} of {manifest.version}")
+                    wait.check(f"chunk {done + 1}/{manifest.num_chunks} of {manifest.version}")
                 except WaitTimeout:
                     progress.missing += outstanding
                     raise
@@ -169,13 +170,6 @@ class WeightClient:
             return decode(self._socket.recv_multipart(), max_bytes=self._max_bytes)
         except WireError:
             return None
-
-    def _check_time(self, since: float, phase: str) -> None:
-        waited = time.monotonic() - since
-        if waited > self._timeout_s:
-            raise WaitTimeout(
-                f"waited {waited:.0f} s for {phase} from learner, expected it within {self._timeout_s:.0f} s"
-            )
 
 
 def _write(descriptor: int, data: Buffer, offset: int) -> None:
