@@ -1,6 +1,7 @@
 """From a lease to a group: K episodes of one task, sampled at once, as trajectories."""
 
 import asyncio
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -66,6 +67,7 @@ class Rollout:
 
     async def group(self, lease: Lease) -> TrajectoryGroup:
         """All answers to a lease's prompt. Raises SamplingFailed, PromptTooLong, or what the environment raises."""
+        started = time.monotonic()
         sampling = SamplingParameters(temperature=lease.temperature, max_tokens=lease.max_tokens)
         episodes = [self._environment.episode("train", lease.prompt_index) for _ in range(lease.group_size)]
         async with asyncio.TaskGroup() as running:
@@ -74,7 +76,7 @@ class Rollout:
                 for k, episode in enumerate(episodes)
             ]
         trajectories, prompts = zip(*(task.result() for task in tasks), strict=True)
-        return TrajectoryGroup(lease.lease_id, min(prompts), trajectories)
+        return TrajectoryGroup(lease.lease_id, min(prompts), trajectories, time.monotonic() - started)
 
     async def episode(self, episode: Episode, sampling: SamplingParameters) -> tuple[Trajectory, int]:
         """One episode to its end: its trajectory and the number of prompt tokens."""

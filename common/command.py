@@ -1,6 +1,7 @@
 """What every command shares: `--config`, dotted overrides, `--check`, and errors as one line with exit code 2."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,8 +47,16 @@ def run_command(name: str, command: Callable[[], object]) -> NoReturn:
     sys.exit(0)
 
 
-def start_logging(name: str, *, level: int = logging.INFO) -> None:
-    """Plain lines on stderr: time, component, level, message."""
+def start_logging(name: str) -> None:
+    """Plain lines on stderr: time, component, level, message. CHORD_LOG_LEVEL sets what is worth one (info)."""
+    level = os.environ.get("CHORD_LOG_LEVEL", "info").upper()
+    if level not in logging.getLevelNamesMapping():
+        raise OperatorError(f"CHORD_LOG_LEVEL: got {level.lower()!r}, expected debug, info, warning or error")
     logging.basicConfig(
-        level=level, format=f"%(asctime)s {name} %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+        level=logging.INFO,
+        format=f"%(asctime)s {name} %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
     )
+    for package in ("actors", "common", "learner"):  # other people's debug lines are theirs
+        logging.getLogger(package).setLevel(level)

@@ -45,8 +45,19 @@ class TrajectoryGroup:
     num_prompt_tokens: int
     """Tokens at the start that all K share."""
     trajectories: tuple[Trajectory, ...]
+    sampling_s: float = 0.0
+    """From the lease to the finished group, by the actor's clock."""
 
     @property
     def min_version(self) -> int:
         """Oldest policy version among the group's sampled tokens; its staleness counts from here."""
         return min(trajectory.min_version for trajectory in self.trajectories)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Of all K together."""
+        return sum(trajectory.num_answer_tokens for trajectory in self.trajectories)
+
+    @property
+    def reward_sum(self) -> float:
+        return sum(trajectory.reward for trajectory in self.trajectories)

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -28,12 +29,31 @@ def learner(
     overrides: OverridesArgument = None,
     config: ConfigOption = None,
     check: CheckOption = False,
-    resume: bool = typer.Option(
-        False, "--resume", help="Insist on a checkpoint to go on from (found ones are used anyway)."
-    ),
+    resume: Annotated[
+        bool, typer.Option(help="Insist on a checkpoint to go on from (found ones are used anyway).")
+    ] = False,
+    rewind: Annotated[
+        int | None,
+        typer.Option(metavar="STEP", help="Take the run back to the checkpoint of this step (0: its begin) and stop."),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN_DIR", help="Repeat a run from its ledger, compare it bit for bit, and stop."),
+    ] = None,
 ) -> None:
     """Run the learner until learner.num_steps optimizer steps are done."""
+    if replay:
+        start_logging("replay")
+        from learner.replay import Replay
+
+        print(Replay(RunDir(replay)).run())
+        return
     resolved = resolve_or_check(config, overrides, check=check).config
+    if rewind is not None:
+        from learner.rewind import rewind as rewind_run
+
+        print(rewind_run(resolved, RunDir(Path(resolved.run.dir)), rewind))
+        return
     _check_paths(resolved, resume=resume)
     if resolved.learner.num_ranks > 1 and "RANK" not in os.environ:
         _start_ranks(resolved.learner.num_ranks)

@@ -1,19 +1,26 @@
-"""Checkpoints on disk: complete or absent, checked before use, the newest good one wins."""
+"""Checkpoints on disk: complete or absent, checked before use, the newest good one wins.
+
+A checkpoint is written beside its place, synced, described by a manifest, and renamed; the pointer names it last. What
+the pointer does not name yet does not count.
+"""
 
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import OperatorError
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+POINTER = "newest"
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run. A checkpoint is written beside it and appears by one rename."""
+    """The folder `checkpoints/` of a run."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         self._folder = folder
@@ -39,31 +46,40 @@ class Checkpoints:
     def begin(self, step: int) -> None:
         """Clear the way; rank 0, before the ranks write."""
         for leftover in self._folder.glob(".partial-*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.partial_path(step).mkdir()
 
-    def finish(self, step: int) -> Checkpoint:
-        """Sync, describe and publish what the ranks wrote; then forget the oldest. Rank 0, after the ranks wrote."""
+    def finish(self, step: int, *, parameters_hash: str) -> Checkpoint:
+        """Sync, describe and publish what the ranks wrote; then forget the oldest. Rank 0, after the ranks wrote.
+
+        `parameters_hash` names the parameters in it, for whoever replays the run.
+        """
         partial = self.partial_path(step)
         files = {str(file.relative_to(partial)): _describe(file) for file in _files(partial)}
-        (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+        manifest = {"step": step, "parameters_hash": parameters_hash, "files": files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for file in _files(partial):
             _sync(file)
         for folder in [partial, *[path for path in partial.rglob("*") if path.is_dir()]]:
             _sync(folder)
-        final = self._folder / f"step-{step:08d}"
+        final = self.path_of(step)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
         _sync(self._folder)
+        self._point_to(final.name)
         for old in self.all()[: -self._keep]:
             shutil.rmtree(old.path)
         return Checkpoint(final, step)
 
+    def path_of(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}"
+
     def all(self) -> list[Checkpoint]:
         """Every finished checkpoint, oldest first."""
         names = sorted(path.name for path in self._folder.glob("step-*") if path.name[5:].isdigit())
-        return [Checkpoint(self._folder / name, int(name[5:])) for name in names]
+        pointed = self._pointed()
+        return [Checkpoint(self._folder / name, int(name[5:])) for name in names if pointed is None or name <= pointed]
 
     def newest_good(self) -> Checkpoint | None:
         """The newest checkpoint whose files are those of its manifest; damaged ones are named and passed by.
@@ -72,7 +88,7 @@ class Checkpoints:
         """
         found = self.all()
         for checkpoint in reversed(found):
-            damage = next(self._damage(checkpoint), None)
+            damage = self.damage(checkpoint)
             if damage is None:
                 return checkpoint
             log.error("checkpoint %s is damaged (%s): trying the one before it", checkpoint.path, damage)
@@ -82,18 +98,64 @@ class Checkpoints:
             )
         return None
 
+    def require(self, step: int) -> None:
+        """Raises OperatorError where the state after `step` steps cannot be had; that after 0 always can."""
+        good = [checkpoint.step for checkpoint in self.all() if self.damage(checkpoint) is None]
+        if step not in (0, *good):
+            raise OperatorError(f"{self._folder}: got step {step}, expected 0 or one with a good checkpoint: {good}")
+
+    def rewind(self, step: int) -> None:
+        """Forget every checkpoint after `step`; 0 forgets all."""
+        found = self.all()
+        self._point_to(self.path_of(step).name if step else "")
+        for checkpoint in found:
+            if checkpoint.step > step:
+                shutil.rmtree(checkpoint.path)
+
+    def parameters_hash(self, checkpoint: Checkpoint) -> str:
+        return str(_read_manifest(checkpoint)["parameters_hash"])
+
+    def damage(self, checkpoint: Checkpoint) -> str | None:
+        """What is wrong with a checkpoint; None where its files are those that were written."""
+        return next(self._damage(checkpoint), None)
+
+    def _pointed(self) -> str | None:
+        """Name of the newest finished checkpoint, "" for none; None where no pointer tells."""
+        path = self._folder / POINTER
+        if not path.exists():
+            return None
+        name = path.read_text(errors="replace")
+        if name and not re.fullmatch(r"step-\d{8}", name):
+            log.error("%s is damaged: every checkpoint beside it is looked at", path)
+            return None
+        return name
+
+    def _point_to(self, name: str) -> None:
+        partial = self._folder / f".partial-{POINTER}"
+        partial.write_text(name)
+        _sync(partial)
+        partial.rename(self._folder / POINTER)
+        _sync(self._folder)
+
     def _damage(self, checkpoint: Checkpoint) -> Iterator[str]:
         try:
-            files = dict(json.loads((checkpoint.path / MANIFEST).read_text())["files"])
+            manifest = _read_manifest(checkpoint)
+            files, step = dict(manifest["files"]), manifest["step"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             yield f"{MANIFEST}: {error}"
             return
+        if step != checkpoint.step:
+            yield f"{MANIFEST}: got step {step}, expected {checkpoint.step}"
         for name, expected in files.items():
             path = checkpoint.path / name
             if not path.is_file():
                 yield f"{name}: missing"
             elif _describe(path) != expected:
                 yield f"{name}: its bytes are not those that were written"
+
+
+def _read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    return json.loads((checkpoint.path / MANIFEST).read_text())
 
 
 def _files(folder: Path) -> list[Path]:

@@ -5,33 +5,27 @@ for rank 0.
 """
 
 import logging
-import os
 import signal
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from common.config.schema import Config
+from common.errors import OperatorError
 from common.weights.snapshot import Snapshot
-from learner.batch import TrainBatch, build_batch
 from learner.checkpoints import Checkpoints
 from learner.final import export_policy
 from learner.host import Host
-from learner.objective.importance import Correction
-from learner.policy_model import load_policy_model, resolve_compute_dtype
 from learner.ranks import Ranks
-from learner.recorder import describe_groups
-from learner.rows import Row, deal, micro_batches, split_to_budget, unshare
-from learner.schedule import lr_at, mu_of
-from learner.source import StepRows, Stopped
-from learner.train_engine import Objective, OptimizerSettings, StepReport, TrainEngine
+from learner.recorder import describe_bias, describe_groups
+from learner.source import Stopped
+from learner.step_rows import StepRows
+from learner.trainer import Taken, Trainer, prepare_device
 
 log = logging.getLogger(__name__)
 
-PUBLISHED_DTYPE = torch.bfloat16
+BIAS_STEPS = 64
+"""What was sampled is compared with what was trained over the groups of so many steps."""
 STEP_S = 1200.0
 """Longest time that other ranks grant rank 0 beyond its waits: a step, a checkpoint, a snapshot."""
 
@@ -50,35 +44,13 @@ class Conductor:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if config.learner.num_threads:
-            torch.set_num_threads(config.learner.num_threads)
-        torch.manual_seed(config.run.seed)
-        os.environ.setdefault("DS_ACCELERATOR", device.type)
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        device = prepare_device(config)
         learner = config.learner
         longest_wait_s = max(learner.start_timeout_s, learner.group_timeout_s, learner.eval_timeout_s)
         self._ranks = Ranks(device, timeout_s=longest_wait_s + STEP_S)
         self._host = Host(config) if self._ranks.is_first else None
         self._stop_on_signals()
-        model = load_policy_model(
-            Path(config.model.path),
-            dtype=getattr(torch, config.model.dtype),
-            head_chunk_tokens=config.learner.head_chunk_tokens,
-        )
-        model.compute_dtype = resolve_compute_dtype(config.learner.compute_dtype, device)
-        algorithm = config.algorithm
-        correction = Correction(
-            kind=algorithm.correction, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high, cap=algorithm.cap,
-            band=algorithm.band,
-        )  # fmt: skip
-        settings = OptimizerSettings(
-            learner.weight_decay, learner.adam_betas, learner.max_grad_norm, learner.zero_stage
-        )
-        self._engine = TrainEngine(
-            model, self._ranks, device, Objective(correction, algorithm.expert_weighting), settings
-        )
+        self._trainer = Trainer(config, self._ranks, device)
         self._checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", keep=learner.keep_checkpoints)
         self._meter = Meter(time.monotonic())
 
@@ -108,11 +80,16 @@ class Conductor:
         """Load the newest good checkpoint, if any; returns the optimizer steps completed."""
         found = self._checkpoints.newest_good() if self._host else None
         step = self._ranks.share_number(found.step if found else -1)
+        if self._host and (num_batches := self._host.ledger.history.num_batches()) < step:
+            raise OperatorError(
+                f"{self._config.run.dir}: got a checkpoint of step {step}, expected at most {num_batches}, where the "
+                "ledger ends: they are not of one run; restore both, or use a new run.dir"
+            )
         if step >= 0:
-            self._engine.restore(Path(self._config.run.dir) / "checkpoints" / f"step-{step:08d}")
+            self._trainer.restore(self._checkpoints.path_of(step))
             log.info("resumed from the checkpoint of step %d", step)
         if self._host:
-            self._host.recorder.rewind(max(step, 0))
+            self._host.recorder.restore()
         return max(step, 0)
 
     def _take_step(self, step: int) -> bool:
@@ -121,31 +98,17 @@ class Conductor:
         rows = self._next_rows(step)
         if not self._ranks.share_number(1 if rows else 0):
             return False
-        shares = self._deal(rows.rows) if rows else None
-        batches = self._ranks.deal_batches(shares)
-        train_started = time.monotonic()
-        algorithm, learner = self._config.algorithm, self._config.learner
-        mu = mu_of(algorithm, step)
-        lr = lr_at(
-            step,
-            peak=learner.lr,
-            warmup_steps=learner.lr_warmup_steps,
-            num_steps=learner.num_steps,
-            schedule=learner.lr_schedule,
-        )
-        report = self._engine.step(batches, mu=mu, lr=lr)
-        train_s = time.monotonic() - train_started
+        taken = self._trainer.take(step, rows.rows if rows else None)
         if self._host and rows:
-            self._host.ledger.finish_batch(step)
             self._host.source.record_uses(rows.composition)
-            self._record(rows, report, lr=lr, train_s=train_s, started=started)
+            self._record(rows, taken, started=started)
         return True
 
     def _next_rows(self, step: int) -> StepRows | None:
         if not self._host:
             return None
         self._host.step = step
-        if self._host.ledger.batch(step) is None:
+        if self._host.ledger.history.batch(step) is None:
             self._host.open_for_work()
             self._host.phase = "training"
         else:
@@ -156,16 +119,10 @@ class Conductor:
         except Stopped:
             return None
 
-    def _deal(self, rows: Sequence[Row]) -> list[list[TrainBatch]]:
-        budget = self._config.learner.micro_batch_tokens
-        rows = rows if self._config.learner.share_prompts else unshare(rows)
-        rows = [part for row in rows for part in split_to_budget(row, budget)]
-        return [[build_batch(some) for some in micro_batches(share, budget)] for share in deal(rows, self._ranks.count)]
-
     def _publish(self, step: int) -> Snapshot | None:
         """Make version `step` of the policy."""
         started = time.monotonic()
-        tensors = self._engine.tensors(PUBLISHED_DTYPE)
+        tensors = self._trainer.published_tensors()
         if not self._host:
             return None
         self._host.step = step
@@ -178,12 +135,13 @@ class Conductor:
             self._host.phase = "checkpointing"
             self._checkpoints.begin(step)
         self._ranks.barrier()
-        self._engine.save(self._checkpoints.partial_path(step))
+        self._trainer.save(self._checkpoints.partial_path(step))
         self._ranks.barrier()
         if self._host:
-            self._checkpoints.finish(step)
+            self._checkpoints.finish(step, parameters_hash=self._trainer.parameters_hash())
             kept = self._checkpoints.all()
-            if len(kept) == self._config.learner.keep_checkpoints:
+            is_covered = len(kept) == self._config.learner.keep_checkpoints
+            if is_covered and not self._config.learner.keep_arrivals:
                 self._host.ledger.prune_bodies(kept[0].step)
 
     def _finish(self, step: int, snapshot: Snapshot | None) -> None:
@@ -202,10 +160,10 @@ class Conductor:
         self._host.say_farewell()
         self._host.phase = "ended"
 
-    def _record(self, rows: StepRows, report: StepReport, *, lr: float, train_s: float, started: float) -> None:
+    def _record(self, rows: StepRows, taken: Taken, *, started: float) -> None:
         host = self._host
         assert host
-        step = rows.composition.step
+        step, report, train_s, waited_s = rows.composition.step, taken.report, taken.train_s, host.source.waited_s
         metrics = report.metrics
         square = metrics["policy_ratio_sq_mean"]
         now, peers = time.monotonic(), host.inbox.peers
@@ -215,21 +173,23 @@ class Conductor:
             {
                 "step": step + 1,
                 "mu": rows.mu,
-                "lr": lr,
+                "lr": taken.lr,
                 **metrics,
                 "policy_ess_frac": metrics["policy_ratio_mean"] ** 2 / square if square else None,
                 "num_policy_tokens": report.num_policy_tokens,
                 "num_expert_tokens": report.num_expert_tokens,
                 "num_expert_rows": len(rows.composition.expert_row_ids),
-                **describe_groups(rows.groups, step=step, actor_ids=host.ledger.actor_ids(rows.composition.group_ids)),
-                "sampled_answer_tokens_mean": host.inbox.mean_answer_tokens,
-                "wait_s": rows.wait_s,
+                **describe_groups(
+                    rows.groups, step=step, actor_ids=host.ledger.history.actor_ids(rows.composition.group_ids)
+                ),
+                **describe_bias(host.ledger.account, last=BIAS_STEPS * self._config.learner.groups_per_step),
+                "wait_s": waited_s,
                 "train_s": train_s,
                 "publish_s": self._publish_s,
                 "step_s": now - started,
                 "learner_tokens_per_s": (report.num_policy_tokens + report.num_expert_tokens) / train_s,
                 "actor_tokens_per_s": max(meter.sampled_tokens - self._meter.sampled_tokens, 0) / elapsed,
-                "learner_wait_frac": rows.wait_s / (now - started),
+                "learner_wait_frac": waited_s / (now - started),
                 "actor_idle_frac": min(
                     max(meter.idle_s - self._meter.idle_s, 0.0) / elapsed / max(len(peers.actors()), 1), 1.0
                 ),

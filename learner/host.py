@@ -15,7 +15,7 @@ from common.metrics import serve_metrics
 from common.run_dir import RunDir
 from common.weights.server import WeightServer
 from common.wire.sockets import SocketLimits, bind, open_socket
-from learner.expert.store import ExpertStore, store_path
+from learner.expert.store import ExpertStore
 from learner.inbox import Door, Inbox, LeaseTerms
 from learner.ledger.ledger import Ledger
 from learner.metrics import RefusalCollector
@@ -23,6 +23,7 @@ from learner.publisher import Publisher
 from learner.recorder import Recorder
 from learner.source import Source, Stopped
 from learner.status import StatusBoard
+from learner.step_rows import StepReader, open_experts
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Host:
         self.phase = "starting"
         self.step = 0
         chat = Chat(Path(config.model.path))
-        experts = self._open_experts(chat)
+        experts = open_experts(config, chat)
         self.ledger = Ledger(
             self.run_dir.ledger,
             groups_per_step=config.learner.groups_per_step,
@@ -51,29 +52,13 @@ class Host:
         self._check_agreement(experts)
         self.recorder = Recorder(self.run_dir.path, self.ledger)
         self._open_network(chat)
+        reader = StepReader(config, self.ledger.history, experts, chat)
         self.source = Source(
-            config, self.ledger, experts, chat, describe_peers=self.inbox.peers.describe, check=self.check_for_end
+            config, self.ledger, experts, reader, describe_peers=self.inbox.peers.describe, check=self.check_for_end
         )
         self._board = StatusBoard(self.run_dir.status, self._status)
         self.run_dir.save_config(config)
         self.inbox.start()
-
-    def _open_experts(self, chat: Chat) -> ExpertStore | None:
-        """The store, every row of it seen to fit the model's chat template, so that no step fails on one."""
-        if not self._config.algorithm.trains_on_experts:
-            return None
-        path = store_path(self._config)
-        store = ExpertStore(path)
-        if not store.row_ids():
-            raise OperatorError(f"expert.path: {path} holds no rows, expected at least one (see chord-expert import)")
-        for row in store.rows():
-            try:
-                chat.demonstration(row.messages)
-            except Exception as error:  # a template says no in whatever way it likes
-                raise OperatorError(
-                    f"expert.path: {path}: row {row.row_id}: the chat template refuses it ({error})"
-                ) from error
-        return store
 
     def _check_agreement(self, experts: ExpertStore | None) -> None:
         """A resumed run must go on with what it began with."""
@@ -183,7 +168,7 @@ class Host:
         self.ledger.close()
 
     def _status(self) -> dict[str, Any]:
-        counts = self.ledger.counts() if self.phase != "ended" else None
+        counts = self.ledger.account.counts() if self.phase != "ended" else None
         return {
             "phase": self.phase,
             "step": self.step,

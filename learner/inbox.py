@@ -33,7 +33,7 @@ from common.wire.messages import (
     Work,
     WorkRequest,
 )
-from learner.ledger.ledger import Ledger
+from learner.ledger.ledger import Ledger, Sample
 from learner.peers import Peer, Peers
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,6 @@ class Inbox:
         self.refusals: dict[str, int] = {}
         """Refused messages by kind of fault."""
         self.received_bytes = 0
-        self._num_answer_tokens = self._num_trajectories = 0
         self.grants_leases = False
         """Set when every committed batch has been replayed: only then may new leases and results come."""
         self.is_run_finished = False
@@ -237,18 +236,15 @@ class Inbox:
         outcome, reason = self._ledger.commit(
             header.lease_id,
             to_blob(header, frames),
-            min_version=group.min_version,
-            num_trajectories=len(group.trajectories),
+            Sample(
+                min_version=group.min_version,
+                num_trajectories=len(group.trajectories),
+                num_answer_tokens=group.num_answer_tokens,
+                reward_sum=group.reward_sum,
+                sampling_s=group.sampling_s,
+            ),
         )
-        if outcome is Outcome.COMMITTED:
-            self._num_trajectories += len(group.trajectories)
-            self._num_answer_tokens += sum(trajectory.num_answer_tokens for trajectory in group.trajectories)
         return Receipt(outcome=outcome, reason=reason)
-
-    @property
-    def mean_answer_tokens(self) -> float | None:
-        """Over every trajectory that was committed since the learner started, trained or not."""
-        return self._num_answer_tokens / self._num_trajectories if self._num_trajectories else None
 
     def _part(self, routing_id: bytes, goodbye: Goodbye) -> Message:
         peer = self.peers.leave(routing_id)

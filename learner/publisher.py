@@ -63,7 +63,13 @@ class Publisher:
             chunk_bytes=self._chunk_bytes,
         )
         self._hashes[step] = snapshot.version.hash
-        is_owed = self._is_due(step) and self._ledger.owe_evaluation(step)
+        if (noted := self._ledger.note_version(step, snapshot.version.hash)) != snapshot.version.hash:
+            log.warning(
+                "%s came out otherwise than before (%s): this machine does not compute the same step alike twice",
+                snapshot.version,
+                noted[:8],
+            )
+        is_owed = self._is_due(step) and self._ledger.evaluations.owe(step)
         if is_owed:
             with self._lock:
                 self._owed[step] = snapshot.version
@@ -72,7 +78,7 @@ class Publisher:
 
     def _take_over(self) -> None:
         """Of an earlier start's snapshots keep those whose evaluation is still owed; delete the others."""
-        owed = set(self._ledger.owed_evaluations())
+        owed = set(self._ledger.evaluations.owed())
         for path in sorted(self._folder.glob("*.safetensors")):
             step = int(path.stem)
             if step not in owed:
@@ -123,7 +129,7 @@ class Publisher:
             "wall_s": result.wall_s,
             "version_hash": result.version.hash,
         }
-        outcome = self._ledger.finish_evaluation(result.version.step, line)
+        outcome = self._ledger.evaluations.finish(result.version.step, line)
         if outcome is Outcome.COMMITTED:
             self._recorder.add_evaluation(line)
         with self._lock:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.trajectory import TrajectoryGroup
+from learner.ledger.account import Account
 from learner.ledger.ledger import Ledger
 from learner.metrics import LearnerMetrics
 
@@ -23,12 +24,21 @@ def describe_groups(groups: Sequence[TrajectoryGroup], *, step: int, actor_ids: 
         "num_groups_with_signal": with_signal,
         "groups_with_signal_frac": with_signal / len(groups) if groups else None,
         "reward_mean": _mean([t.reward for t in trajectories]),
-        "trained_answer_tokens_mean": _mean([t.num_answer_tokens for t in trajectories]),
+        "answer_tokens_mean": _mean([t.num_answer_tokens for t in trajectories]),
         "truncated_frac": _mean([float(t.is_truncated) for t in trajectories]),
         "staleness_mean": _mean(lags),
         "staleness_max": max(lags, default=None),
         "staleness_histogram": {str(lag): count for lag, count in sorted(Counter(lags).items())},
         "groups_by_actor": dict(sorted(Counter(actor_ids).items())),
+    }
+
+
+def describe_bias(account: Account, *, last: int) -> dict[str, Any]:
+    """The part of a step record that sets what was sampled against what was trained, over the `last` groups leased."""
+    return {
+        f"{name}_{field}_mean": getattr(found, field)
+        for name, found in (("sampled", account.sampled(last)), ("trained", account.trained(last)))
+        for field in ("answer_tokens", "reward", "sampling_s")
     }
 
 
@@ -44,17 +54,21 @@ class Recorder:
         self._started = time.monotonic()
         self._earlier_s = 0.0
 
-    def rewind(self, step: int) -> None:
-        """Forget the lines after `step`, which are about to be replayed; write eval.jsonl anew from the ledger."""
-        kept = [line for line in _read_lines(self._metrics_path) if line["step"] <= step]
-        self._earlier_s = kept[-1]["run_wall_s"] if kept else 0.0
-        _write_lines(self._metrics_path, kept)
-        _write_lines(self._eval_path, self._ledger.evaluation_results())
+    def restore(self) -> None:
+        """Write metrics.jsonl and eval.jsonl anew from the ledger, whatever a crash or a bad disk did to them."""
+        records = self._ledger.account.records()
+        self._earlier_s = records[-1]["run_wall_s"] if records else 0.0
+        _write_lines(self._metrics_path, records)
+        _write_lines(self._eval_path, self._ledger.account.evaluations())
 
     def add_step(self, record: dict[str, Any]) -> None:
-        """Append the record of one optimizer step; `step` counts completed steps."""
+        """The step is taken: note it in the ledger with its record, whose `step` counts completed steps.
+
+        The record of a step that is replayed stays the first one.
+        """
         line = {**record, "time": time.time(), "run_wall_s": self.run_wall_s}
-        _append_line(self._metrics_path, line)
+        if self._ledger.finish_batch(line["step"] - 1, json.dumps(line)):
+            _append_line(self._metrics_path, line)
         self.prometheus.observe(line)
 
     def add_evaluation(self, line: Mapping[str, Any]) -> None:
@@ -67,27 +81,28 @@ class Recorder:
 
     def write_summary(self, *, num_steps: int) -> dict[str, Any]:
         """summary.json, from the ledger and the lines above."""
-        lines = _read_lines(self._metrics_path)
-        evaluations = {line["step"]: line["accuracy"] for line in self._ledger.evaluation_results()}
+        account = self._ledger.account
+        lines = account.records()
+        evaluations = {line["step"]: line["accuracy"] for line in account.evaluations()}
         num_groups = sum(line["num_groups"] for line in lines)
-        counts = self._ledger.counts()
+        counts = account.counts()
         summary = {
             "run_id": self._ledger.run_id,
             "steps": lines[-1]["step"] if lines else 0,
             "num_steps": num_steps,
             "eval_before": evaluations.get(0),
             "eval_after": evaluations.get(num_steps),
-            "trajectories_trained": self._ledger.num_trained_trajectories(),
+            "trajectories_trained": account.num_trained_trajectories(),
             "groups_trained": counts.trained,
             "groups_dropped": counts.dropped,
             "groups_with_signal_frac": sum(line["num_groups_with_signal"] for line in lines) / num_groups
             if num_groups
             else None,
             "groups_by_actor": dict(sum((Counter(line["groups_by_actor"]) for line in lines), Counter[str]())),
-            "max_staleness_trained": self._ledger.max_trained_staleness(),
-            "duplicates": self._ledger.num_duplicates(),
-            "lost": self._ledger.num_lost(),
-            "redelivered": self._ledger.num_redelivered(),
+            "max_staleness_trained": account.max_trained_staleness(),
+            "duplicates": account.num_duplicates(),
+            "lost": account.num_lost(),
+            "redelivered": account.num_redelivered(),
             "incarnations": self._ledger.incarnation,
             "reward_first": lines[0]["reward_mean"] if lines else None,
             "reward_last": lines[-1]["reward_mean"] if lines else None,
@@ -102,14 +117,6 @@ class Recorder:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Complete JSON lines; a last one that a crash cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _append_line(path: Path, line: Mapping[str, Any]) -> None:

@@ -6,30 +6,15 @@ the inbox; produces a composition, committed before its step, and the rows of it
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from common.chat import Chat
 from common.config.schema import Config, StalenessPolicy
-from common.trajectory import TrajectoryGroup
 from common.wait import Wait
-from common.wire.groups import from_blob
 from learner.expert.sampler import draw
 from learner.expert.store import ExpertStore
-from learner.ledger.ledger import Composition, Ledger
-from learner.rows import Row, expert_row, policy_row
+from learner.ledger.history import Composition
+from learner.ledger.ledger import Ledger
 from learner.schedule import mu_of
-
-
-@dataclass(frozen=True, eq=False)
-class StepRows:
-    """Everything that one optimizer step trains on."""
-
-    composition: Composition
-    groups: tuple[TrajectoryGroup, ...]
-    rows: list[Row]
-    mu: float
-    wait_s: float
-    """Time that the learner waited for groups."""
+from learner.step_rows import StepReader, StepRows
 
 
 class Stopped(Exception):
@@ -40,7 +25,7 @@ class Source:
     """Composes steps. Rank 0 only."""
 
     def __init__(
-        self, config: Config, ledger: Ledger, experts: ExpertStore | None, chat: Chat, *,
+        self, config: Config, ledger: Ledger, experts: ExpertStore | None, reader: StepReader, *,
         describe_peers: Callable[[], str], check: Callable[[], None],
     ) -> None:  # fmt: skip
         """`experts` is None where no step has μ > 0. `check` raises what must end a wait early."""
@@ -48,21 +33,20 @@ class Source:
         self._ledger = ledger
         self._experts = experts
         self._row_ids = experts.row_ids() if experts else []
-        self._chat = chat
+        self._reader = reader
         self._describe_peers = describe_peers
         self._check = check
         self.waiting_for = ""
         """What the train loop waits for now, in words; empty while it does not wait."""
+        self.waited_s = 0.0
+        """Time that the last step waited for groups."""
 
     def next_rows(self, step: int) -> StepRows:
         """The rows of `step`: those of its committed composition where there is one (a replay), else newly cut."""
         started = time.monotonic()
-        composition = self._ledger.batch(step) or self._compose(step)
-        waited = time.monotonic() - started
-        groups = tuple(from_blob(body) for body in self._ledger.bodies(composition.group_ids))
-        return StepRows(
-            composition, groups, self._rows(composition, groups), mu_of(self._config.algorithm, step), waited
-        )
+        composition = self._ledger.history.batch(step) or self._compose(step)
+        self.waited_s = time.monotonic() - started
+        return self._reader.read(composition)
 
     def record_uses(self, composition: Composition) -> None:
         """Note in the expert store which rows the step used."""
@@ -71,7 +55,7 @@ class Source:
 
     def _compose(self, step: int) -> Composition:
         group_ids = self._wait_for_groups(step) if self._config.algorithm.trains_on_groups else []
-        cursor = self._ledger.expert_cursor(step)
+        cursor = self._ledger.history.expert_cursor(step)
         row_ids: list[int] = []
         if self._experts and mu_of(self._config.algorithm, step) > 0:
             count = self._config.expert.rows_per_step
@@ -94,7 +78,7 @@ class Source:
                     ready = self._ledger.ready(step, waits_for_oldest=is_paced)
                     if len(ready) == wanted:
                         return ready
-                    if (held := self._ledger.counts().committed) != most:
+                    if (held := self._ledger.account.counts().committed) != most:
                         most = held
                         wait.progress()
                     self.waiting_for = f"{wanted - len(ready)} of {wanted} groups of step {step + 1}"
@@ -103,11 +87,3 @@ class Source:
                 wait.check(f"{self.waiting_for} ({self._describe_peers()})")
         finally:
             self.waiting_for = ""
-
-    def _rows(self, composition: Composition, groups: tuple[TrajectoryGroup, ...]) -> list[Row]:
-        algorithm, temperature = self._config.algorithm, self._config.sampling.temperature
-        rows = [policy_row(group, scale=algorithm.advantage_scale, temperature=temperature) for group in groups]
-        if self._experts and composition.expert_row_ids:
-            demonstrations = self._experts.read(composition.expert_row_ids)
-            rows += [expert_row(self._chat.demonstration(row.messages)) for row in demonstrations]
-        return rows

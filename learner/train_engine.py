@@ -5,6 +5,7 @@ counts of the whole step, and what DeepSpeed divides by (the rank count; accumul
 multiplied back.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,14 @@ class TrainEngine:
             name: parameter.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
             for name, parameter in self._model.lm.named_parameters()
         }
+
+    def parameters_hash(self) -> str:
+        """Names the model's parameters to the bit. They must be whole on this rank (ZeRO stage below 3)."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, parameter in self._model.lm.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write model, optimizer and random states of this rank into `folder`. Every rank must call it."""

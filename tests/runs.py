@@ -132,3 +132,11 @@ def audit_groups(folder: Path) -> list[dict[str, Any]]:
     with sqlite3.connect(folder / "ledger.sqlite") as database:
         database.row_factory = sqlite3.Row
         return [dict(row) for row in database.execute("SELECT * FROM audit_groups ORDER BY group_id")]
+
+
+def audit(folder: Path) -> dict[str, Any]:
+    """What chord-audit says of a run; a fault in it is printed."""
+    done = run_module("learner.audit", str(folder), "--json", check=False)
+    report = json.loads(done.stdout) if done.stdout else {"faults": [done.stderr]}
+    assert (done.returncode == 0) == (not report["faults"]), done.stderr
+    return report

@@ -33,7 +33,7 @@ def write(checkpoints: Checkpoints, step: int) -> Path:
 def save(checkpoints: Checkpoints, *steps: int) -> Checkpoint:
     for step in steps:
         write(checkpoints, step)
-        saved = checkpoints.finish(step)
+        saved = checkpoints.finish(step, parameters_hash=f"parameters {step}")
     return saved
 
 
@@ -67,7 +67,7 @@ def test_an_unfinished_checkpoint_is_absent_and_the_next_one_clears_it_away(chec
     assert checkpoints.newest_good() == saved
     write(checkpoints, 15)
     assert not partial.exists()
-    checkpoints.finish(15)
+    checkpoints.finish(15, parameters_hash="")
     assert steps(checkpoints) == [5, 15]
 
 

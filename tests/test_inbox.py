@@ -41,7 +41,8 @@ from common.wire.messages import (
 )
 from common.wire.sockets import SocketLimits, bind, open_socket
 from learner.inbox import Door, Inbox, LeaseTerms
-from learner.ledger.ledger import GroupCounts, Ledger
+from learner.ledger.account import GroupCounts
+from learner.ledger.ledger import Ledger
 
 MAX_BYTES = 1 << 20
 LIMITS = SocketLimits(heartbeat_s=0.5, silence_s=2.0, max_frame_bytes=MAX_BYTES)
@@ -293,8 +294,8 @@ def test_a_group_sent_again_makes_no_second_row(
     outcomes = [receipt.outcome for receipt in receipts if isinstance(receipt, Receipt)]
     assert outcomes == [Outcome.COMMITTED, Outcome.REDELIVERED, Outcome.REDELIVERED]
     assert audit(tmp_path, "SELECT count(*) FROM bodies") == [(1,)]
-    assert learner.ledger.counts() == GroupCounts(committed=1)
-    assert learner.inbox.mean_answer_tokens == 3.0
+    assert learner.ledger.account.counts() == GroupCounts(committed=1)
+    assert learner.ledger.account.sampled().answer_tokens == 3.0
 
 
 def test_a_group_that_breaks_the_rules_is_refused_and_its_prompt_goes_out_again(
@@ -414,7 +415,7 @@ def test_the_leases_of_a_silent_actor_go_to_another_and_it_may_come_back(
         Outcome.REDELIVERED, Outcome.COMMITTED, Outcome.COMMITTED, Outcome.COMMITTED,
     ]  # fmt: skip
     assert busy.deliver(inherited[1]).outcome is Outcome.REDELIVERED
-    assert learner.ledger.counts() == GroupCounts(committed=4)
+    assert learner.ledger.account.counts() == GroupCounts(committed=4)
 
 
 def test_a_new_process_of_the_same_name_gets_the_prompts_of_the_earlier_one_at_once(
@@ -479,7 +480,7 @@ def test_a_full_disk_closes_the_door_and_tells_the_train_loop(
     assert isinstance(failure, OperatorError)
     assert "disk is full, expected free disk space" in str(failure)
     assert not peer.socket.poll(0)
-    assert learner.ledger.counts() == GroupCounts(leased=1)
+    assert learner.ledger.account.counts() == GroupCounts(leased=1)
 
 
 def test_nothing_ends_the_inbox_unnoticed(start: Callable[..., Learner], meet: Callable[..., Peer]) -> None:

@@ -15,7 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from common.errors import OperatorError
 from common.wire.messages import Outcome
-from learner.ledger.ledger import MAX_LEASES_PER_GROUP, Composition, GrantedLease, GroupCounts, Ledger
+from learner.ledger.account import GroupCounts
+from learner.ledger.history import Composition
+from learner.ledger.ledger import MAX_LEASES_PER_GROUP, GrantedLease, Ledger, Sample
 
 MEMORY = Path("/dev/shm")
 """Where SQLite's syncs cost nothing, if the machine has it."""
@@ -44,7 +46,7 @@ def lease(
 
 
 def commit(ledger: Ledger, granted: GrantedLease, *, min_version: int = 0, body: bytes = b"body") -> Outcome:
-    return ledger.commit(granted.lease_id, body, min_version=min_version, num_trajectories=3)[0]
+    return ledger.commit(granted.lease_id, body, Sample(min_version, 3, 30, 1.5, 0.25))[0]
 
 
 def commit_together(ledger: Ledger, bodies: dict[GrantedLease, bytes]) -> None:
@@ -58,7 +60,7 @@ def train(ledger: Ledger, step: int, *, paced: bool = True) -> tuple[int, ...]:
     """Cut, commit and take one optimizer step."""
     group_ids = tuple(ledger.ready(step, waits_for_oldest=paced))
     ledger.commit_batch(Composition(step, group_ids, (), 0))
-    ledger.finish_batch(step)
+    ledger.finish_batch(step, "{}")
     return group_ids
 
 
@@ -72,18 +74,18 @@ def test_a_lease_is_committed_then_training_then_trained(open_ledger: Callable[.
     ledger = open_ledger()
     one, two = lease(ledger, capacity=2)
     assert (one.group_id, one.prompt_index, two.group_id, two.prompt_index) == (1, 0, 2, 1)
-    assert ledger.counts() == GroupCounts(leased=2)
+    assert ledger.account.counts() == GroupCounts(leased=2)
     assert commit(ledger, two, body=b"two") is commit(ledger, one, body=b"one") is Outcome.COMMITTED
-    assert ledger.counts() == GroupCounts(committed=2)
+    assert ledger.account.counts() == GroupCounts(committed=2)
     assert ledger.ready(0, waits_for_oldest=True) == [1, 2]
     ledger.commit_batch(Composition(0, (1, 2), (), 0))
-    assert ledger.counts() == GroupCounts(training=2)
-    assert ledger.bodies([2, 1]) == [b"two", b"one"]
-    assert ledger.actor_ids([1, 2]) == ["a", "a"]
-    ledger.finish_batch(0)
-    assert ledger.counts() == GroupCounts(trained=2)
-    assert (ledger.num_trained_trajectories(), ledger.max_trained_staleness()) == (6, 0)
-    assert (ledger.num_lost(), ledger.num_duplicates(), ledger.num_redelivered()) == (0, 0, 0)
+    assert ledger.account.counts() == GroupCounts(training=2)
+    assert ledger.history.bodies([2, 1]) == [b"two", b"one"]
+    assert ledger.history.actor_ids([1, 2]) == ["a", "a"]
+    ledger.finish_batch(0, "{}")
+    assert ledger.account.counts() == GroupCounts(trained=2)
+    assert (ledger.account.num_trained_trajectories(), ledger.account.max_trained_staleness()) == (6, 0)
+    assert (ledger.account.num_lost(), ledger.account.num_duplicates(), ledger.account.num_redelivered()) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(("groups_per_step", "max_staleness"), [(1, 0), (3, 0), (2, 1), (1, 4), (5, 2)])
@@ -107,7 +109,7 @@ def test_without_staleness_the_next_leases_wait_for_the_next_version(open_ledger
         assert lease(ledger, "b", capacity=9, serving=step) == []
         train(ledger, step)
         assert lease(ledger, "b", capacity=9, serving=step) == []
-    assert ledger.max_trained_staleness() == 0
+    assert ledger.account.max_trained_staleness() == 0
 
 
 def test_an_actor_that_serves_old_weights_is_granted_less(open_ledger: Callable[..., Ledger]) -> None:
@@ -125,7 +127,7 @@ def test_a_dropped_group_gives_its_place_back(open_ledger: Callable[..., Ledger]
     (one,) = lease(ledger)
     commit(ledger, one)
     assert ledger.ready(1, waits_for_oldest=True) == []
-    assert ledger.counts() == GroupCounts(dropped=1)
+    assert ledger.account.counts() == GroupCounts(dropped=1)
     (two,) = lease(ledger)
     assert (two.group_id, two.prompt_index) == (2, 1)
 
@@ -138,7 +140,7 @@ def test_expired_leases_go_out_again_before_new_prompts_oldest_first(open_ledger
     assert ledger.expire("session-a") == 1
     assert [one.group_id for one in lease(ledger, "c", capacity=2)] == [1, 2]
     assert [one.group_id for one in lease(ledger, "c", capacity=4)] == [1, 2, 3, 4]
-    assert ledger.counts() == GroupCounts(leased=4)
+    assert ledger.account.counts() == GroupCounts(leased=4)
 
 
 def test_the_first_result_of_a_prompt_wins_and_the_later_is_redelivered(open_ledger: Callable[..., Ledger]) -> None:
@@ -150,17 +152,17 @@ def test_the_first_result_of_a_prompt_wins_and_the_later_is_redelivered(open_led
     assert early.lease_id != late.lease_id
     assert commit(ledger, early, body=b"first") is Outcome.COMMITTED
     assert commit(ledger, late, body=b"second") is Outcome.REDELIVERED
-    assert ledger.bodies([1]) == [b"first"]
-    assert ledger.actor_ids([1]) == ["a"]
+    assert ledger.history.bodies([1]) == [b"first"]
+    assert ledger.history.actor_ids([1]) == ["a"]
     assert train(ledger, 0) == (1,)
     assert commit(ledger, late) is commit(ledger, early) is Outcome.REDELIVERED
-    assert (ledger.num_redelivered(), ledger.num_duplicates(), ledger.num_lost()) == (3, 0, 0)
+    assert (ledger.account.num_redelivered(), ledger.account.num_duplicates(), ledger.account.num_lost()) == (3, 0, 0)
 
 
 def test_a_lease_that_was_never_issued_is_refused(open_ledger: Callable[..., Ledger]) -> None:
     ledger = open_ledger()
     (one,) = lease(ledger, "a")
-    assert ledger.commit("1.beef", b"", min_version=0, num_trajectories=2)[0] is Outcome.REFUSED
+    assert ledger.commit("1.beef", b"", Sample(0, 2, 20, 1.0, 0.5))[0] is Outcome.REFUSED
     assert ledger.was_issued_to(one.lease_id, "a")
     assert not ledger.was_issued_to(one.lease_id, "b")
     assert not ledger.was_issued_to("1.beef", "a")
@@ -170,7 +172,7 @@ def test_a_lease_that_was_never_issued_is_refused(open_ledger: Callable[..., Led
 def test_a_prompt_that_nobody_can_finish_is_dropped_as_poison(open_ledger: Callable[..., Ledger], how: str) -> None:
     ledger = open_ledger(groups_per_step=1)
     for attempt in range(MAX_LEASES_PER_GROUP):
-        assert ledger.counts().dropped == 0
+        assert ledger.account.counts().dropped == 0
         (one,) = lease(ledger, f"a{attempt}")
         assert one.group_id == 1
         if how == "silence":
@@ -178,7 +180,7 @@ def test_a_prompt_that_nobody_can_finish_is_dropped_as_poison(open_ledger: Calla
         else:
             assert ledger.expire_lease(one.lease_id) == 1
             ledger.reclaim([one.lease_id], f"session-a{attempt}")
-    assert ledger.counts() == GroupCounts(dropped=1)
+    assert ledger.account.counts() == GroupCounts(dropped=1)
     assert commit(ledger, one) is Outcome.REDELIVERED
     assert lease(ledger)[0].group_id == 2
 
@@ -191,7 +193,7 @@ def test_a_failure_told_twice_counts_once(open_ledger: Callable[..., Ledger]) ->
         ledger.expire(f"session-a{attempt - 1}")
         lease(ledger, f"a{attempt}")
     assert ledger.expire_lease(first.lease_id) == 0
-    assert ledger.counts() == GroupCounts(leased=1)
+    assert ledger.account.counts() == GroupCounts(leased=1)
 
 
 def test_leases_whose_reply_was_lost_are_granted_again_and_no_new_ones(open_ledger: Callable[..., Ledger]) -> None:
@@ -201,7 +203,7 @@ def test_leases_whose_reply_was_lost_are_granted_again_and_no_new_ones(open_ledg
     assert lease(ledger, capacity=2, held=(granted[1].lease_id,)) == [granted[0], granted[2]]
     assert lease(ledger, capacity=1) == granted[:1]
     assert len(lease(ledger, capacity=5, held=(granted[0].lease_id,))) == 5
-    assert ledger.counts() == GroupCounts(leased=6)
+    assert ledger.account.counts() == GroupCounts(leased=6)
 
 
 def test_a_lost_lease_of_a_prompt_that_another_actor_finished_is_not_granted_again(
@@ -243,13 +245,13 @@ def test_a_composition_is_on_disk_before_its_step_and_is_read_back(
     assert audit(tmp_path / "ledger.sqlite", "SELECT step, group_ids FROM batches") == [(0, "[2, 1]")]
     ledger.close()
     ledger = open_ledger()
-    assert ledger.batch(0) == composition
-    assert ledger.batch(1) is None
-    assert (ledger.expert_cursor(0), ledger.expert_cursor(1)) == (0, 3)
-    assert ledger.counts() == GroupCounts(training=2)
+    assert ledger.history.batch(0) == composition
+    assert ledger.history.batch(1) is None
+    assert (ledger.history.expert_cursor(0), ledger.history.expert_cursor(1)) == (0, 3)
+    assert ledger.account.counts() == GroupCounts(training=2)
     assert ledger.ready(0, waits_for_oldest=True) == []
-    ledger.finish_batch(0)
-    assert ledger.counts() == GroupCounts(trained=2)
+    ledger.finish_batch(0, "{}")
+    assert ledger.account.counts() == GroupCounts(trained=2)
 
 
 def test_bodies_are_kept_until_every_kept_checkpoint_covers_their_step(
@@ -277,13 +279,13 @@ def test_pace_waits_for_the_oldest_lease_and_drop_passes_it_by(open_ledger: Call
 
 def test_evaluations_are_owed_once_and_finished_once(open_ledger: Callable[..., Ledger]) -> None:
     ledger = open_ledger()
-    assert ledger.owe_evaluation(0)
-    assert ledger.owe_evaluation(0)
-    assert ledger.owed_evaluations() == [0]
-    assert ledger.finish_evaluation(0, {"accuracy": 0.5}) is Outcome.COMMITTED
-    assert ledger.finish_evaluation(0, {"accuracy": 0.6}) is Outcome.REDELIVERED
-    assert not ledger.owe_evaluation(0)
-    assert ledger.evaluation_results() == [{"accuracy": 0.5}]
+    assert ledger.evaluations.owe(0)
+    assert ledger.evaluations.owe(0)
+    assert ledger.evaluations.owed() == [0]
+    assert ledger.evaluations.finish(0, {"accuracy": 0.5}) is Outcome.COMMITTED
+    assert ledger.evaluations.finish(0, {"accuracy": 0.6}) is Outcome.REDELIVERED
+    assert not ledger.evaluations.owe(0)
+    assert ledger.account.evaluations() == [{"accuracy": 0.5}]
 
 
 def test_auditors_read_a_view_of_fixed_columns(open_ledger: Callable[..., Ledger], tmp_path: Path) -> None:
@@ -312,16 +314,16 @@ def test_a_full_disk_is_an_operator_s_error_and_loses_nothing_committed(open_led
     one, two, three = lease(ledger, capacity=3)
     commit(ledger, one, body=b"one")
     num_pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
-    ledger._db.execute(f"PRAGMA max_page_count = {num_pages}")
+    ledger._db._db.execute(f"PRAGMA max_page_count = {num_pages}")
     with pytest.raises(OperatorError, match=r"ledger\.sqlite: database or disk is full, expected free disk space"):
         commit(ledger, two, body=bytes(1 << 20))
     with pytest.raises(OperatorError, match="disk is full"):
         commit_together(ledger, {three: b"three", two: bytes(1 << 20)})
-    assert ledger.counts() == GroupCounts(leased=2, committed=1)
-    assert ledger.bodies([1]) == [b"one"]
+    assert ledger.account.counts() == GroupCounts(leased=2, committed=1)
+    assert ledger.history.bodies([1]) == [b"one"]
     ledger._db.execute("PRAGMA max_page_count = 1000000")
     assert commit(ledger, two, body=bytes(1 << 20)) is commit(ledger, three) is Outcome.COMMITTED
-    assert ledger.num_lost() == 0
+    assert ledger.account.num_lost() == 0
 
 
 def test_what_is_no_ledger_of_ours_is_refused(open_ledger: Callable[..., Ledger], tmp_path: Path) -> None:
@@ -332,8 +334,87 @@ def test_what_is_no_ledger_of_ours_is_refused(open_ledger: Callable[..., Ledger]
     path.unlink()
     ledger = open_ledger()
     ledger._db.execute("UPDATE facts SET value = '0' WHERE name = 'schema'")
-    with pytest.raises(OperatorError, match=r"got ledger schema 0, expected 1"):
+    with pytest.raises(OperatorError, match=r"got ledger schema 0, expected 2"):
         open_ledger()
+
+
+def flip(path: Path, place: int) -> None:
+    """Turn one bit of a file over."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 4]))
+
+
+def test_a_row_that_changed_on_disk_is_named_at_the_next_start(
+    open_ledger: Callable[..., Ledger], tmp_path: Path
+) -> None:
+    path = tmp_path / "ledger.sqlite"
+    ledger = open_ledger()
+    (one,) = lease(ledger, "unmistakable")
+    ledger.close()
+    place = path.read_bytes().rindex(one.lease_id.encode()) + len(one.lease_id) - 1
+    flip(path, place)
+    with pytest.raises(OperatorError, match=r"ledger\.sqlite: is damaged"):
+        open_ledger()
+
+
+def test_a_group_whose_tokens_changed_on_disk_is_never_trained(
+    open_ledger: Callable[..., Ledger], tmp_path: Path
+) -> None:
+    path = tmp_path / "ledger.sqlite"
+    ledger = open_ledger(groups_per_step=1)
+    (one,) = lease(ledger)
+    commit(ledger, one, body=b"unmistakable tokens")
+    ledger.close()
+    flip(path, path.read_bytes().rindex(b"unmistakable tokens"))
+    ledger = open_ledger(groups_per_step=1)
+    with pytest.raises(OperatorError, match=r"ledger\.sqlite: group 1 is damaged, expected the tokens that came"):
+        ledger.history.bodies([1])
+
+
+@pytest.mark.parametrize("how", ["cut", "flip", "older copy"])
+def test_a_ledger_that_lost_acknowledged_transactions_is_refused(
+    open_ledger: Callable[..., Ledger], tmp_path: Path, how: str
+) -> None:
+    path, log = tmp_path / "ledger.sqlite", tmp_path / "ledger.sqlite-wal"
+    ledger = open_ledger(groups_per_step=4)
+    granted = lease(ledger, capacity=2)
+    early = (path.read_bytes(), log.read_bytes())
+    for one in granted:
+        commit(ledger, one)
+    late = (path.read_bytes(), log.read_bytes())
+    ledger.close()
+    kept = early if how == "older copy" else late
+    path.write_bytes(kept[0])
+    log.write_bytes(kept[1][: len(kept[1]) - 4200] if how == "cut" else kept[1])
+    if how == "flip":
+        flip(log, len(kept[1]) - 4200)
+    with pytest.raises(OperatorError, match=r"holds \d+ transactions, expected the \d+ that ledger\.mark counts"):
+        open_ledger()
+    (tmp_path / "ledger.mark").write_bytes(b"0000000000000009 nonsense\n")
+    with pytest.raises(OperatorError, match=r"ledger\.mark: is damaged"):
+        open_ledger()
+    (tmp_path / "ledger.mark").unlink()
+    assert open_ledger(groups_per_step=4).account.counts().leased >= 1
+
+
+def test_a_rewind_drops_what_came_later_and_leases_its_prompts_again(open_ledger: Callable[..., Ledger]) -> None:
+    ledger = open_ledger(groups_per_step=1, max_staleness=3)
+    for step, one in enumerate(lease(ledger, capacity=4)):
+        commit(ledger, one)
+        if step < 3:
+            train(ledger, step)
+    ledger.note_version(2, "two")
+    ledger.evaluations.owe(2)
+    ledger.close()
+    ledger = open_ledger(groups_per_step=1, max_staleness=3)
+    assert ledger.rewind(1) == 3
+    assert ledger.account.counts() == GroupCounts(trained=1, dropped=3)
+    assert (ledger.account.num_lost(), ledger.account.num_duplicates(), ledger.evaluations.owed()) == (0, 0, [])
+    assert ledger.history.batch(1) is None
+    assert [one.prompt_index for one in lease(ledger, capacity=4, serving=1)] == [1, 2, 3, 4]
 
 
 @dataclass
@@ -375,7 +456,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 2), capacity=st.integers(0, 7), is_lost=st.booleans())
     def ask(self, who: int, capacity: int, is_lost: bool) -> None:
-        actor, before = self.actors[who], self.ledger.counts()
+        actor, before = self.actors[who], self.ledger.account.counts()
         known = sum(vars(before).values())
         leases = self.ledger.lease(
             actor.name, actor.session, capacity=capacity, serving_step=actor.serving, held=tuple(actor.held)
@@ -396,7 +477,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def send(self, data: st.DataObject, is_honest: bool, is_acknowledged: bool) -> None:
         """Any lease ever granted, whether its actor still lives or its group is long trained."""
         one, serving = self.granted[data.draw(st.sampled_from(list(self.granted)))]
-        min_version = data.draw(st.integers(serving if is_honest else 0, self.step))
+        min_version = data.draw(st.integers(min(serving, self.step) if is_honest else 0, self.step))
         self.deliver(one, min_version, is_acknowledged=is_acknowledged)
 
     def deliver(self, one: GrantedLease, min_version: int, *, is_acknowledged: bool = True) -> None:
@@ -442,11 +523,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.commit_batch(composition)
         if is_cut_short:
             self.reopen()
-            assert self.ledger.batch(self.step) == composition
+            assert self.ledger.history.batch(self.step) == composition
             assert not set(group_ids) & set(self.ledger.ready(self.step, waits_for_oldest=self.paced))
             self.prune()
-        assert len(self.ledger.bodies(group_ids)) == self.G
-        self.ledger.finish_batch(self.step)
+        assert len(self.ledger.history.bodies(group_ids)) == self.G
+        self.ledger.finish_batch(self.step, "{}")
         self.trained |= dict.fromkeys(group_ids, self.step)
         self.step += 1
 
@@ -468,6 +549,27 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.incarnation == before + 1
         assert self.rows("SELECT count(*) FROM leases WHERE state = 'active'") == [(0,)]
 
+    @rule(data=st.data())
+    def rewind(self, data: st.DataObject) -> None:
+        """Every prompt of the history that is left behind is leased again, before any new one."""
+        self.reopen()
+        step = data.draw(st.integers(0, self.step))
+        behind = "state IN ('leased', 'committed', 'training') OR (state = 'trained' AND step >= ?)"
+        prompts = self.rows(f"SELECT prompt_index FROM groups WHERE {behind}", step)
+        assert self.ledger.rewind(step) == len(prompts)
+        returned = self.rows("SELECT prompt_index FROM returned_prompts")
+        assert set(prompts) <= set(returned)
+        self.step = step
+        self.trained = {group_id: taken for group_id, taken in self.trained.items() if taken < step}
+        for actor in self.actors:
+            actor.serving = min(actor.serving, step)
+        leases = self.ledger.lease("z", "z", capacity=3, serving_step=step, held=())
+        assert [one.prompt_index for one in leases] == sorted(index for (index,) in returned)[: len(leases)] or (
+            len(leases) > len(returned)
+        )
+        self.granted |= {one.lease_id: (one, step) for one in leases}
+        self.ledger.expire("z")
+
     @rule()
     def prune(self) -> None:
         self.ledger.prune_bodies(self.step)
@@ -480,7 +582,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost_and_nothing_is_trained_twice(self) -> None:
-        assert (self.ledger.num_lost(), self.ledger.num_duplicates()) == (0, 0)
+        assert (self.ledger.account.num_lost(), self.ledger.account.num_duplicates()) == (0, 0)
         ends = "SELECT group_id FROM audit_groups WHERE state = 'leased'"
         assert not self.acknowledged & {group_id for (group_id,) in self.rows(ends)}
 
@@ -488,11 +590,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def staleness_at_training_never_exceeds_the_bound(self) -> None:
         trained = "SELECT group_id, step FROM audit_groups WHERE state = 'trained'"
         assert dict(self.rows(trained)) == self.trained
-        assert self.ledger.max_trained_staleness() <= self.S
+        assert self.ledger.account.max_trained_staleness() <= self.S
 
     @invariant()
     def every_prompt_is_in_one_state_and_the_view_counts_as_the_ledger_does(self) -> None:
-        counts = self.ledger.counts()
+        counts = self.ledger.account.counts()
         found = dict(self.rows("SELECT state, count(*) FROM audit_groups GROUP BY state"))
         assert GroupCounts(**found) == counts
         group_ids = [group_id for (group_id,) in self.rows("SELECT group_id FROM audit_groups ORDER BY group_id")]
@@ -540,6 +642,6 @@ def test_a_run_with_slow_and_dying_actors_reaches_its_last_step(
         if step == 20:
             break
     assert step == 20
-    assert ledger.counts().trained == 20 * groups_per_step
-    assert ledger.max_trained_staleness() <= max_staleness
-    assert (ledger.num_lost(), ledger.num_duplicates()) == (0, 0)
+    assert ledger.account.counts().trained == 20 * groups_per_step
+    assert ledger.account.max_trained_staleness() <= max_staleness
+    assert (ledger.account.num_lost(), ledger.account.num_duplicates()) == (0, 0)

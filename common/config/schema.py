@@ -150,6 +150,9 @@ class Learner(Section):
     share_prompts: bool = Field(True, description="compute a group's prompt once for its K answers")
     checkpoint_every_steps: Positive = Field(50, description="optimizer steps between checkpoints")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
+    keep_arrivals: bool = Field(
+        False, description="keep the tokens of every group, so that chord-learner --replay can repeat the whole run"
+    )
     metrics_port: Port = Field(0, description="Prometheus port; 0 takes a free one and prints it")
     metrics_host: str = Field("127.0.0.1", description="address that every component's metrics are served on")
     start_timeout_s: Seconds = Field(600.0, description="longest wait for the first group of a run")

@@ -30,8 +30,9 @@ def group_header(group: TrajectoryGroup, **envelope: Any) -> GroupHeader:
         for t in group.trajectories
     )
     return GroupHeader(
-        lease_id=group.lease_id, num_prompt_tokens=group.num_prompt_tokens, trajectories=rows, **envelope
-    )
+        lease_id=group.lease_id, num_prompt_tokens=group.num_prompt_tokens, trajectories=rows,
+        sampling_s=group.sampling_s, **envelope,
+    )  # fmt: skip
 
 
 def group_frames(group: TrajectoryGroup) -> list[Buffer]:
@@ -80,7 +81,7 @@ def _view_group(header: GroupHeader, frames: Sequence[Buffer]) -> TrajectoryGrou
         Trajectory(tokens, logprobs, mask, versions, row.reward, row.is_truncated)
         for tokens, logprobs, mask, versions, row in zip(*columns, header.trajectories, strict=True)
     )
-    return TrajectoryGroup(header.lease_id, header.num_prompt_tokens, trajectories)
+    return TrajectoryGroup(header.lease_id, header.num_prompt_tokens, trajectories, header.sampling_s)
 
 
 def _view_array(frame: Buffer, dtype: str, num_tokens: int, name: str) -> NDArray[Any]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from common.version import Version
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised with every change that an older peer would misread."""
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -143,6 +143,8 @@ class GroupHeader(Message):
     lease_id: Name
     num_prompt_tokens: Annotated[int, Field(ge=1, le=2**24)]
     trajectories: Annotated[tuple[TrajectoryHeader, ...], Field(min_length=2, max_length=4096)]
+    sampling_s: Measure = 0.0
+    """From the lease to the finished group, by the actor's clock."""
 
 
 class LeaseFailure(Message):

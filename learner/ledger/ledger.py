@@ -6,23 +6,26 @@ ceil(n/G) − 1 <= v + S: at most S steps late.
 """
 
 import json
-import sqlite3
+import logging
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from common.errors import OperatorError
 from common.wire.messages import Outcome
-from learner.ledger.schema import SCHEMA_VERSION, TABLES
+from learner.ledger.account import Account
+from learner.ledger.database import Database
+from learner.ledger.evaluations import Evaluations
+from learner.ledger.history import Composition, History
+from learner.ledger.schema import SCHEMA_VERSION
+
+log = logging.getLogger(__name__)
 
 MAX_LEASES_PER_GROUP = 8
 """A prompt that was leased this often without a result is taken for poison and dropped."""
-
-DISK_ERRORS = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_BUSY")
 
 
 class DropReason(StrEnum):
@@ -30,6 +33,7 @@ class DropReason(StrEnum):
 
     STALE = "stale"
     POISON = "poison"
+    ROLLED_BACK = "rolled_back"
 
 
 @dataclass(frozen=True)
@@ -42,57 +46,52 @@ class GrantedLease:
 
 
 @dataclass(frozen=True)
-class Composition:
-    """What one optimizer step is made of."""
+class Sample:
+    """What the ledger notes of a group that came."""
 
-    step: int
-    """Optimizer steps completed when it was cut."""
-    group_ids: tuple[int, ...]
-    expert_row_ids: tuple[int, ...]
-    expert_cursor: int
-    """Expert rows drawn since the start of the run, this step's included."""
-
-
-@dataclass(frozen=True)
-class GroupCounts:
-    """Groups by state; their sum is the number of prompts ever leased."""
-
-    leased: int = 0
-    committed: int = 0
-    training: int = 0
-    trained: int = 0
-    dropped: int = 0
+    min_version: int
+    """Oldest policy version among its sampled tokens."""
+    num_trajectories: int
+    num_answer_tokens: int
+    """Of all its trajectories together."""
+    reward_sum: float
+    sampling_s: float
 
 
 class Ledger:
     """One writer's view of the ledger; safe to share between the learner's threads."""
 
     def __init__(self, path: Path, *, groups_per_step: int, max_staleness: int) -> None:
-        """Open or create. Raises OperatorError where the file is no ledger of this version or the disk refuses."""
+        """Open or create. Raises OperatorError where the file is no ledger of this version, or damaged."""
         self._groups_per_step = groups_per_step
         self._max_staleness = max_staleness
-        self._lock = threading.RLock()
-        self.changed = threading.Condition(self._lock)
+        self._db = Database(path)
+        self.changed = threading.Condition(self._db.lock)
         """Notified whenever a group is committed or dropped, or an evaluation ends."""
-        self._path = path
-        try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
-            self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + TABLES)
-            self._open_run()
-        except sqlite3.Error as error:
-            raise OperatorError(
-                f"{path}: {error}, expected a ledger of an earlier start or a folder to create one in"
-            ) from error
-
-    def _open_run(self) -> None:
-        with self._transaction():
-            found = self._fact("schema", SCHEMA_VERSION)
-            if found != SCHEMA_VERSION:
-                raise OperatorError(f"{self._path}: got ledger schema {found}, expected {SCHEMA_VERSION}")
-            self.run_id = self._fact("run_id", uuid.uuid4().hex[:12])
-            self.incarnation = int(self._fact("incarnation", "0")) + 1
-            self._db.execute("UPDATE facts SET value = ? WHERE name = 'incarnation'", (str(self.incarnation),))
+        self.account = Account(self._db)
+        self.history = History(self._db)
+        self.evaluations = Evaluations(self._db, self.changed)
+        with self._db.transaction():
+            self.fact("schema", SCHEMA_VERSION)
+            self.fact("max_staleness", str(max_staleness))
+            self.run_id = self.fact("run_id", uuid.uuid4().hex[:12])
+            self.incarnation = self._db.increase("incarnation") + 1
             self._db.execute("UPDATE leases SET state = 'expired' WHERE state = 'active'")
+
+    def fact(self, name: str, value: str) -> str:
+        """The stored value of `name`; `value` is stored where there is none yet."""
+        with self._db.transaction():
+            found = self._db.fact(name)
+            if found is None:
+                self._db.set_fact(name, value)
+            return value if found is None else found
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """Several calls under one commit, so that many results share one write to disk."""
+        return self._db.transaction()
+
+    def close(self) -> None:
+        self._db.close()
 
     # Leases
 
@@ -104,7 +103,7 @@ class Ledger:
         First those that it was granted but does not hold (a reply was lost), then groups whose lease expired, oldest
         first, then new prompts as far as admission allows.
         """
-        with self._transaction():
+        with self._db.transaction():
             known = set(held)
             active = self._db.execute(
                 "SELECT lease_id, group_id, prompt_index FROM leases JOIN groups USING (group_id) WHERE session = ? "
@@ -118,8 +117,8 @@ class Ledger:
 
     def _leasable(self, limit: int, count: int) -> list[tuple[int, int]]:
         """Groups without an active lease whose place is within `limit`, then new ones; (group_id, prompt_index)."""
-        num_dropped = self._count("SELECT count(*) FROM groups WHERE state = 'dropped'")
-        last = self._count("SELECT coalesce(max(group_id), 0) FROM groups")
+        num_dropped = self._db.count("SELECT count(*) FROM groups WHERE state = 'dropped'")
+        last = self._db.count("SELECT coalesce(max(group_id), 0) FROM groups")
         orphans = self._db.execute(
             "SELECT group_id, prompt_index FROM groups AS g WHERE state = 'leased' AND NOT EXISTS "
             "(SELECT 1 FROM leases WHERE leases.group_id = g.group_id AND leases.state = 'active') "
@@ -127,9 +126,22 @@ class Ledger:
             "<= ? ORDER BY group_id LIMIT ?", (limit, count),
         ).fetchall()  # fmt: skip
         num_new = max(0, min(count - len(orphans), limit - (last - num_dropped)))
-        fresh = [(group_id, group_id - 1) for group_id in range(last + 1, last + 1 + num_new)]
+        fresh = list(enumerate(self._next_prompts(num_new), start=last + 1))
         self._db.executemany("INSERT INTO groups (group_id, prompt_index, state) VALUES (?, ?, 'leased')", fresh)
         return [*orphans, *fresh]
+
+    def _next_prompts(self, count: int) -> list[int]:
+        """Prompts that a rewind returned, then the next ones of the training split."""
+        if count == 0:
+            return []
+        rows = self._db.execute("SELECT prompt_index FROM returned_prompts ORDER BY prompt_index LIMIT ?", (count,))
+        returned = [prompt_index for (prompt_index,) in rows]
+        self._db.executemany(
+            "DELETE FROM returned_prompts WHERE prompt_index = ?", [(prompt_index,) for prompt_index in returned]
+        )
+        num_new = count - len(returned)
+        first = self._db.increase("next_prompt", by=num_new) if num_new else 0
+        return [*returned, *range(first, first + num_new)]
 
     def _grant(self, group_id: int, prompt_index: int, actor_id: str, session: str) -> GrantedLease:
         lease_id = f"{group_id}.{uuid.uuid4().hex[:12]}"
@@ -141,14 +153,14 @@ class Ledger:
 
     def expire(self, session: str) -> int:
         """Give back the active leases of `session`; returns how many."""
-        with self._transaction():
+        with self._db.transaction():
             rows = self._db.execute("SELECT lease_id FROM leases WHERE session = ? AND state = 'active'", (session,))
             gone = [lease_id for (lease_id,) in rows.fetchall()]
             return sum(self._give_back(lease_id, "expired") for lease_id in gone)
 
     def expire_lease(self, lease_id: str) -> int:
         """Give back one lease, whose actor failed on it; it cannot be reclaimed."""
-        with self._transaction():
+        with self._db.transaction():
             return self._give_back(lease_id, "failed")
 
     def _give_back(self, lease_id: str, state: str) -> int:
@@ -159,16 +171,22 @@ class Ledger:
         if ended.rowcount:
             poisoned = self._db.execute(
                 "UPDATE groups SET state = 'dropped', reason = ? WHERE state = 'leased' AND num_leases >= ? "
-                "AND group_id = (SELECT group_id FROM leases WHERE lease_id = ?)",
+                "AND group_id = (SELECT group_id FROM leases WHERE lease_id = ?) RETURNING group_id, prompt_index",
                 (DropReason.POISON, MAX_LEASES_PER_GROUP, lease_id),
-            )
-            if poisoned.rowcount:
+            ).fetchall()
+            for group_id, prompt_index in poisoned:
+                log.error(
+                    "prompt %d (group %d) was leased %d times without a result: dropped as poison",
+                    prompt_index,
+                    group_id,
+                    MAX_LEASES_PER_GROUP,
+                )
                 self.changed.notify_all()
         return ended.rowcount
 
     def reclaim(self, lease_ids: Sequence[str], session: str) -> None:
         """Leases of `session` that were taken for expired, but that it still works on, are active again."""
-        with self._transaction():
+        with self._db.transaction():
             self._db.executemany(
                 "UPDATE leases SET state = 'active' WHERE lease_id = ? AND session = ? AND state = 'expired' "
                 "AND EXISTS (SELECT 1 FROM groups AS g WHERE g.group_id = leases.group_id AND g.state = 'leased') "
@@ -179,15 +197,14 @@ class Ledger:
 
     def was_issued_to(self, lease_id: str, actor_id: str) -> bool:
         """Whether `actor_id` was ever granted this lease."""
-        with self._lock:
-            query = "SELECT count(*) FROM leases WHERE lease_id = ? AND actor_id = ?"
-            return self._count(query, (lease_id, actor_id)) == 1
+        query = "SELECT count(*) FROM leases WHERE lease_id = ? AND actor_id = ?"
+        return self._db.count(query, (lease_id, actor_id)) == 1
 
     # Results
 
-    def commit(self, lease_id: str, body: bytes, *, min_version: int, num_trajectories: int) -> tuple[Outcome, str]:
+    def commit(self, lease_id: str, body: bytes, sample: Sample) -> tuple[Outcome, str]:
         """Journal a group's result. The first one for a prompt wins; any later one is `redelivered`."""
-        with self._transaction():
+        with self._db.transaction():
             row = self._db.execute(
                 "SELECT group_id, leases.actor_id, groups.state FROM leases JOIN groups USING (group_id) "
                 "WHERE lease_id = ?", (lease_id,),
@@ -199,13 +216,16 @@ class Ledger:
                 self._db.execute(
                     "UPDATE leases SET state = 'fulfilled' WHERE lease_id = ? AND state = 'active'", (lease_id,)
                 )
-                self._db.execute("INSERT INTO redeliveries VALUES (1)")
+                self._db.increase("redelivered")
                 return Outcome.REDELIVERED, f"group {group_id} is {state}"
             self._db.execute("INSERT INTO bodies VALUES (?, ?)", (group_id, body))
             self._db.execute(
                 "UPDATE groups SET state = 'committed', winner = ?, actor_id = ?, min_version = ?, "
-                "num_trajectories = ? WHERE group_id = ?",
-                (lease_id, actor_id, min_version, num_trajectories, group_id),
+                "num_trajectories = ?, num_answer_tokens = ?, reward_sum = ?, sampling_s = ? WHERE group_id = ?",
+                (
+                    lease_id, actor_id, sample.min_version, sample.num_trajectories, sample.num_answer_tokens,
+                    sample.reward_sum, sample.sampling_s, group_id,
+                ),
             )  # fmt: skip
             self._db.execute("UPDATE leases SET state = 'fulfilled' WHERE lease_id = ?", (lease_id,))
             self.changed.notify_all()
@@ -219,16 +239,15 @@ class Ledger:
         Sweeps out those that have become too stale. Where `waits_for_oldest`, the list ends before the first prompt
         still leased.
         """
-        with self._transaction():
+        with self._db.transaction():
             swept = self._db.execute(
-                "UPDATE groups SET state = 'dropped', reason = ? WHERE state = 'committed' AND ? - min_version > ?",
-                (DropReason.STALE, step, self._max_staleness),
-            )
-            if swept.rowcount:
-                self._db.execute(
-                    "DELETE FROM bodies WHERE group_id IN (SELECT group_id FROM groups WHERE state = 'dropped')"
-                )
-            oldest = self._count("SELECT coalesce(min(group_id), 1 << 62) FROM groups WHERE state = 'leased'")
+                "UPDATE groups SET state = 'dropped', reason = ? WHERE state = 'committed' AND ? - min_version > ? "
+                "RETURNING group_id", (DropReason.STALE, step, self._max_staleness),
+            ).fetchall()  # fmt: skip
+            if swept:
+                log.warning("%d groups became staler than %d steps: dropped", len(swept), self._max_staleness)
+                self._db.executemany("DELETE FROM bodies WHERE group_id = ?", swept)
+            oldest = self._db.count("SELECT coalesce(min(group_id), 1 << 62) FROM groups WHERE state = 'leased'")
             rows = self._db.execute(
                 "SELECT group_id FROM groups WHERE state = 'committed' AND group_id < ? ORDER BY group_id LIMIT ?",
                 (oldest if waits_for_oldest else 1 << 62, self._groups_per_step),
@@ -237,9 +256,9 @@ class Ledger:
 
     def commit_batch(self, composition: Composition) -> None:
         """Fix what a step trains on, before it is taken."""
-        with self._transaction():
+        with self._db.transaction():
             self._db.execute(
-                "INSERT INTO batches VALUES (?, ?, ?, ?)",
+                "INSERT INTO batches VALUES (?, ?, ?, ?, NULL)",
                 (
                     composition.step, json.dumps(composition.group_ids), json.dumps(composition.expert_row_ids),
                     composition.expert_cursor,
@@ -250,143 +269,41 @@ class Ledger:
                 [(composition.step, group_id) for group_id in composition.group_ids],
             )
 
-    def batch(self, step: int) -> Composition | None:
-        """The committed composition of `step`, where there is one."""
-        with self._lock:
-            row = self._db.execute(
-                "SELECT group_ids, expert_row_ids, expert_cursor FROM batches WHERE step = ?", (step,)
-            ).fetchone()
-        return Composition(step, tuple(json.loads(row[0])), tuple(json.loads(row[1])), row[2]) if row else None
-
-    def expert_cursor(self, step: int) -> int:
-        """Expert rows drawn before `step`."""
-        with self._lock:
-            return self._count("SELECT coalesce(max(expert_cursor), 0) FROM batches WHERE step < ?", (step,))
-
-    def bodies(self, group_ids: Sequence[int]) -> list[bytes]:
-        """The journaled groups, in the order asked."""
-        with self._lock:
-            return [
-                self._db.execute("SELECT body FROM bodies WHERE group_id = ?", (group_id,)).fetchone()[0]
-                for group_id in group_ids
-            ]
-
-    def actor_ids(self, group_ids: Sequence[int]) -> list[str]:
-        """Who sampled each group."""
-        with self._lock:
-            query = "SELECT actor_id FROM groups WHERE group_id = ?"
-            return [self._db.execute(query, (group_id,)).fetchone()[0] for group_id in group_ids]
-
-    def finish_batch(self, step: int) -> None:
-        """The step was taken."""
-        with self._transaction():
+    def finish_batch(self, step: int, record: str) -> bool:
+        """The step was taken; `record` is its line of metrics.jsonl. False for a replay: the first record stays."""
+        with self._db.transaction():
             self._db.execute("UPDATE groups SET state = 'trained' WHERE state = 'training' AND step = ?", (step,))
+            noted = self._db.execute("UPDATE batches SET record = ? WHERE step = ? AND record IS NULL", (record, step))
+            return noted.rowcount == 1
+
+    def note_version(self, step: int, hash: str) -> str:
+        """Note the hash of a published version; returns the one noted first, which a replay ought to give again."""
+        with self._db.transaction():
+            self._db.execute("INSERT OR IGNORE INTO versions VALUES (?, ?)", (step, hash))
+            return self._db.execute("SELECT hash FROM versions WHERE step = ?", (step,)).fetchone()[0]
 
     def prune_bodies(self, before_step: int) -> None:
         """Forget the tokens of groups trained before `before_step`, which every kept checkpoint covers."""
-        with self._transaction():
+        with self._db.transaction():
             self._db.execute(
                 "DELETE FROM bodies WHERE group_id IN "
                 "(SELECT group_id FROM groups WHERE state = 'trained' AND step < ?)", (before_step,),
             )  # fmt: skip
 
-    # Evaluations
-
-    def owe_evaluation(self, step: int) -> bool:
-        """Note that version `step` is to be evaluated; False where it has been."""
-        with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO evaluations (step) VALUES (?)", (step,))
-            return self._count("SELECT count(*) FROM evaluations WHERE step = ? AND result IS NULL", (step,)) == 1
-
-    def owed_evaluations(self) -> list[int]:
-        with self._lock:
-            return [
-                step for (step,) in self._db.execute("SELECT step FROM evaluations WHERE result IS NULL ORDER BY step")
-            ]
-
-    def finish_evaluation(self, step: int, result: dict[str, object]) -> Outcome:
-        with self._transaction():
-            done = self._db.execute(
-                "UPDATE evaluations SET result = ? WHERE step = ? AND result IS NULL", (json.dumps(result), step)
+    def rewind(self, step: int) -> int:
+        """Go back to the state after `step` optimizer steps: whatever came later is dropped as rolled back, and its
+        prompts will be leased again. Returns the number of groups dropped."""
+        later = "(state IN ('leased', 'committed', 'training') OR (state = 'trained' AND step >= ?))"
+        with self._db.transaction():
+            self._db.execute(
+                f"INSERT OR IGNORE INTO returned_prompts SELECT prompt_index FROM groups WHERE {later}", (step,)
             )
-            self.changed.notify_all()
-            return Outcome.COMMITTED if done.rowcount else Outcome.REDELIVERED
-
-    def evaluation_results(self) -> list[dict[str, object]]:
-        """Every finished evaluation, oldest version first."""
-        with self._lock:
-            rows = self._db.execute("SELECT result FROM evaluations WHERE result IS NOT NULL ORDER BY step")
-            return [json.loads(result) for (result,) in rows]
-
-    # Counts
-
-    def counts(self) -> GroupCounts:
-        with self._lock:
-            return GroupCounts(**dict(self._db.execute("SELECT state, count(*) FROM groups GROUP BY state").fetchall()))
-
-    def num_redelivered(self) -> int:
-        with self._lock:
-            return self._count("SELECT count(*) FROM redeliveries")
-
-    def num_lost(self) -> int:
-        """Acknowledged groups that are neither trained, dropped nor held."""
-        with self._lock:
-            return self._count(
-                "SELECT count(*) FROM groups WHERE state IN ('committed', 'training') "
-                "AND group_id NOT IN (SELECT group_id FROM bodies)"
-            )
-
-    def num_duplicates(self) -> int:
-        """Groups that appear more than once in the committed batches."""
-        with self._lock:
-            rows = self._db.execute("SELECT count(*) - count(DISTINCT value) FROM batches, json_each(group_ids)")
-            return int(rows.fetchone()[0])
-
-    def max_trained_staleness(self) -> int:
-        with self._lock:
-            return self._count("SELECT coalesce(max(staleness), 0) FROM audit_groups WHERE state = 'trained'")
-
-    def num_trained_trajectories(self) -> int:
-        with self._lock:
-            return self._count("SELECT coalesce(sum(num_trajectories), 0) FROM groups WHERE state = 'trained'")
-
-    def fact(self, name: str, value: str) -> str:
-        """The stored value of `name`; `value` is stored where there is none yet."""
-        with self._transaction():
-            return self._fact(name, value)
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
-
-    def _fact(self, name: str, value: str) -> str:
-        self._db.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (name, value))
-        return self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()[0]
-
-    def _count(self, query: str, parameters: tuple[object, ...] = ()) -> int:
-        return int(self._db.execute(query, parameters).fetchone()[0])
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Several calls under one commit, so that many results share one write to disk."""
-        with self._transaction():
-            yield
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._lock:
-            if self._db.in_transaction:
-                yield
-                return
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield
-                self._db.execute("COMMIT")
-            except BaseException as error:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorname.startswith(DISK_ERRORS):
-                    raise OperatorError(
-                        f"{self._path}: {error}, expected free disk space and a writable file"
-                    ) from error
-                raise
+            dropped = self._db.execute(
+                f"UPDATE groups SET state = 'dropped', reason = ? WHERE {later} RETURNING group_id",
+                (DropReason.ROLLED_BACK, step),
+            ).fetchall()
+            self._db.executemany("DELETE FROM bodies WHERE group_id = ?", dropped)
+            self._db.execute("DELETE FROM batches WHERE step >= ?", (step,))
+            self._db.execute("DELETE FROM versions WHERE step > ?", (step,))
+            self._db.execute("DELETE FROM evaluations WHERE step > ?", (step,))
+            return len(dropped)

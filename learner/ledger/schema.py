@@ -1,9 +1,40 @@
-"""The ledger's tables and the view that auditors read."""
+"""The ledger's tables, the digest that every row carries, and the view that auditors read."""
 
-SCHEMA_VERSION = "1"
+import hashlib
 
-TABLES = """
-CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+SCHEMA_VERSION = "2"
+
+DIGEST_BYTES = 8
+
+DIGESTED = {
+    "facts": "name, value",
+    "groups": "group_id, prompt_index, state, reason, winner, actor_id, step, min_version, num_trajectories, "
+    "num_answer_tokens, reward_sum, sampling_s, num_leases",
+    "leases": "lease_id, group_id, actor_id, session, state",
+    "returned_prompts": "prompt_index",
+    "bodies": "group_id, body",
+    "batches": "step, group_ids, expert_row_ids, expert_cursor, record",
+    "versions": "step, hash",
+    "evaluations": "step, result",
+}
+"""Table → the columns that its digest covers: all of them."""
+
+
+def row_digest(*values: object) -> bytes:
+    """Names a row's content, so that a bit which flipped on disk is noticed."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for value in values:
+        digest.update(value if isinstance(value, bytes) else repr(value).encode())
+        digest.update(b"\x1f")
+    return digest.digest()
+
+
+def _digest(table: str) -> str:
+    return f"digest BLOB GENERATED ALWAYS AS (row_digest({DIGESTED[table]})) STORED"
+
+
+TABLES = f"""
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL, {_digest("facts")}) WITHOUT ROWID;
 
 -- One leased prompt. Its id is its place in lease order, from 1.
 CREATE TABLE IF NOT EXISTS groups (
@@ -16,7 +47,11 @@ CREATE TABLE IF NOT EXISTS groups (
     step INTEGER,               -- optimizer steps completed when its batch was cut
     min_version INTEGER,        -- oldest policy version among its sampled tokens
     num_trajectories INTEGER NOT NULL DEFAULT 0,
-    num_leases INTEGER NOT NULL DEFAULT 0
+    num_answer_tokens INTEGER,  -- of all its trajectories, as the two below; known once committed
+    reward_sum REAL,
+    sampling_s REAL,            -- from lease to group, by the actor's clock
+    num_leases INTEGER NOT NULL DEFAULT 0,
+    {_digest("groups")}
 );
 CREATE INDEX IF NOT EXISTS groups_by_state ON groups (state, group_id);
 
@@ -26,28 +61,38 @@ CREATE TABLE IF NOT EXISTS leases (
     group_id INTEGER NOT NULL REFERENCES groups (group_id),
     actor_id TEXT NOT NULL,
     session TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('active', 'expired', 'failed', 'fulfilled'))
+    state TEXT NOT NULL CHECK (state IN ('active', 'expired', 'failed', 'fulfilled')),
+    {_digest("leases")}
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS active_leases ON leases (session) WHERE state = 'active';
 CREATE INDEX IF NOT EXISTS leases_by_group ON leases (group_id);
 
+-- Prompts whose groups a rewind dropped: they are leased again before new ones.
+CREATE TABLE IF NOT EXISTS returned_prompts (prompt_index INTEGER PRIMARY KEY, {_digest("returned_prompts")});
+
 -- The group as it came; kept until every kept checkpoint covers its step.
-CREATE TABLE IF NOT EXISTS bodies (group_id INTEGER PRIMARY KEY REFERENCES groups (group_id), body BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS bodies (
+    group_id INTEGER PRIMARY KEY REFERENCES groups (group_id), body BLOB NOT NULL, {_digest("bodies")}
+);
 
 -- The composition of each optimizer step, committed before the step is taken.
 CREATE TABLE IF NOT EXISTS batches (
     step INTEGER PRIMARY KEY,
     group_ids TEXT NOT NULL,    -- JSON list, in training order
     expert_row_ids TEXT NOT NULL,
-    expert_cursor INTEGER NOT NULL
+    expert_cursor INTEGER NOT NULL,
+    record TEXT,                -- its line of metrics.jsonl; NULL until the step was taken
+    {_digest("batches")}
 );
+
+-- The hash of every published version.
+CREATE TABLE IF NOT EXISTS versions (step INTEGER PRIMARY KEY, hash TEXT NOT NULL, {_digest("versions")});
 
 CREATE TABLE IF NOT EXISTS evaluations (
     step INTEGER PRIMARY KEY,
-    result TEXT                 -- one line of eval.jsonl; NULL while it is owed
+    result TEXT,                -- its line of eval.jsonl; NULL while it is owed
+    {_digest("evaluations")}
 );
-
-CREATE TABLE IF NOT EXISTS redeliveries (count INTEGER NOT NULL);
 
 CREATE VIEW IF NOT EXISTS audit_groups AS
     SELECT group_id, winner AS lease_id, actor_id, state, reason, step, min_version, step - min_version AS staleness,

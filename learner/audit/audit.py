@@ -1,0 +1,221 @@
+"""What a run left behind, checked against itself: ledger, checkpoints, metrics.jsonl and eval.jsonl.
+
+Every check yields one line for each fault: what, where, got, expected. No line, no fault.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import OperatorError
+from common.run_dir import RunDir
+from common.wire.codec import WireError
+from common.wire.groups import from_blob
+from learner.checkpoints import Checkpoints
+from learner.ledger.account import Account, Yield
+from learner.ledger.database import Database
+from learner.ledger.history import History
+
+MAX_FAULTS = 100
+"""Faults listed at most."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found; `faults` is empty for a run that accounts for everything."""
+
+    run_id: str
+    incarnations: int
+    steps: int
+    groups: dict[str, int]
+    """By state."""
+    dropped: dict[str, int]
+    """By reason."""
+    leases: dict[str, int]
+    """By state; several for a group where one expired."""
+    trajectories_trained: int
+    redelivered: int
+    lost: int
+    duplicates: int
+    max_staleness_trained: int
+    max_staleness: int
+    """The bound."""
+    checkpoints: dict[int, str]
+    """Step → `good`, or what is wrong with it."""
+    sampled: Yield
+    trained: Yield
+    faults: list[str] = field(default_factory=list[str])
+
+    @property
+    def is_clean(self) -> bool:
+        return not self.faults
+
+
+def audit(run_dir: RunDir) -> Report:
+    """Look at a run, finished, stopped or going on. Raises OperatorError where its ledger is missing or damaged."""
+    if not run_dir.ledger.exists():
+        raise OperatorError(f"{run_dir.path}: holds no ledger.sqlite, expected the run.dir of a run")
+    database = Database(run_dir.ledger, is_read_only=True)
+    try:
+        with database.snapshot():
+            return _report(run_dir, database)
+    finally:
+        database.close()
+
+
+def _report(run_dir: RunDir, database: Database) -> Report:
+    account, history = Account(database), History(database)
+    bound = int(database.fact("max_staleness") or 0)
+    checkpoints = _checkpoints(run_dir)
+    faults = [
+        *_lost(database), *_twice(database), *_stale(database, bound), *_leases(database), *_batches(database, history),
+        *_bodies(database, history), *_checkpoint_faults(checkpoints, history), *_lines(run_dir, account),
+    ]  # fmt: skip
+    return Report(
+        run_id=database.fact("run_id") or "",
+        incarnations=int(database.fact("incarnation") or 0),
+        steps=len(account.records()),
+        groups=asdict(account.counts()),
+        dropped=_tally(database, "SELECT reason, count(*) FROM groups WHERE state = 'dropped' GROUP BY reason"),
+        leases=_tally(database, "SELECT state, count(*) FROM leases GROUP BY state"),
+        trajectories_trained=account.num_trained_trajectories(),
+        redelivered=account.num_redelivered(),
+        lost=account.num_lost(),
+        duplicates=account.num_duplicates(),
+        max_staleness_trained=account.max_trained_staleness(),
+        max_staleness=bound,
+        checkpoints=checkpoints,
+        sampled=account.sampled(),
+        trained=account.trained(),
+        faults=faults[:MAX_FAULTS],
+    )
+
+
+def _tally(database: Database, query: str) -> dict[str, int]:
+    return dict(database.execute(query).fetchall())
+
+
+def _lost(database: Database) -> Iterator[str]:
+    rows = database.execute(
+        "SELECT group_id, state FROM groups WHERE state IN ('committed', 'training') "
+        "AND group_id NOT IN (SELECT group_id FROM bodies)"
+    )
+    for group_id, state in rows:
+        yield f"lost: group {group_id} was acknowledged and is {state}, but its tokens are gone"
+
+
+def _twice(database: Database) -> Iterator[str]:
+    rows = database.execute(
+        "SELECT value, count(*) FROM batches, json_each(group_ids) GROUP BY value HAVING count(*) > 1"
+    )
+    for group_id, count in rows:
+        yield f"duplicate: group {group_id} is in {count} batches, expected one"
+    wins = (
+        "SELECT group_id, count(*) FROM leases JOIN groups USING (group_id) WHERE winner = lease_id GROUP BY group_id"
+    )
+    for group_id, count in database.execute(f"{wins} HAVING count(*) > 1"):
+        yield f"duplicate: group {group_id} has {count} winning leases, expected one"
+
+
+def _stale(database: Database, bound: int) -> Iterator[str]:
+    rows = database.execute(
+        "SELECT group_id, staleness FROM audit_groups WHERE state IN ('training', 'trained') "
+        "AND (staleness > ? OR staleness < 0 OR staleness IS NULL)", (bound,),
+    )  # fmt: skip
+    for group_id, staleness in rows:
+        yield f"staleness: group {group_id} was trained {staleness} steps late, expected 0 to {bound}"
+
+
+def _leases(database: Database) -> Iterator[str]:
+    """Every group has the leases that it counts, and ended in the way that they say."""
+    rows = database.execute(
+        "SELECT g.group_id, g.state, g.reason, g.num_leases, count(l.lease_id), "
+        "coalesce(sum(l.lease_id = g.winner AND l.state = 'fulfilled'), 0), coalesce(sum(l.state = 'active'), 0) "
+        "FROM groups AS g LEFT JOIN leases AS l USING (group_id) GROUP BY g.group_id"
+    )
+    for group_id, state, reason, num_leases, found, won, active in rows:
+        if num_leases != found or found == 0:
+            yield f"leases: group {group_id} has {found} leases, expected {num_leases}, and at least one"
+        if state in ("committed", "training", "trained") and won != 1:
+            yield f"leases: group {group_id} is {state}, but the lease that it names as winner is not fulfilled"
+        if (state == "dropped") != (reason is not None):
+            yield f"leases: group {group_id} is {state} with reason {reason}, expected a reason where dropped"
+        if active > 1:
+            yield f"leases: group {group_id} has {active} active leases, expected one at most"
+
+
+def _batches(database: Database, history: History) -> Iterator[str]:
+    """Steps follow one another; each group of a batch says the same step; no other group says one and is trained."""
+    num_batches = history.num_batches()
+    cursor = 0
+    listed: set[int] = set()
+    for step in range(num_batches):
+        composition = history.batch(step)
+        if composition is None:
+            yield f"batches: step {step} is missing, expected every one below {num_batches}"
+            continue
+        if composition.expert_cursor - len(composition.expert_row_ids) != cursor:
+            yield f"batches: step {step} begins its expert rows elsewhere than the step before it ended ({cursor})"
+        cursor = composition.expert_cursor
+        listed |= set(composition.group_ids)
+        for group_id in composition.group_ids:
+            row = database.execute("SELECT step, state FROM groups WHERE group_id = ?", (group_id,)).fetchone()
+            if row not in ((step, "training"), (step, "trained")):
+                yield f"batches: group {group_id} of step {step} is noted as {row}, expected that step, trained"
+    rows = database.execute("SELECT group_id FROM groups WHERE state IN ('training', 'trained')")
+    for group_id in {group_id for (group_id,) in rows} - listed:
+        yield f"batches: group {group_id} is trained, but in no batch"
+
+
+def _bodies(database: Database, history: History) -> Iterator[str]:
+    """The tokens that are kept are those that came, and say of themselves what the ledger says of them."""
+    rows = database.execute(
+        "SELECT group_id, min_version, num_trajectories, winner FROM groups JOIN bodies USING (group_id)"
+    ).fetchall()
+    for group_id, *noted in rows:
+        try:
+            group = from_blob(history.bodies([group_id])[0])
+        except (OperatorError, WireError) as error:
+            yield f"bodies: {error}"
+            continue
+        if noted != [group.min_version, len(group.trajectories), group.lease_id]:
+            yield f"bodies: group {group_id} is noted with {noted}, but its tokens say otherwise"
+
+
+def _checkpoints(run_dir: RunDir) -> dict[int, str]:
+    if not run_dir.checkpoints.is_dir():
+        return {}
+    found = Checkpoints(run_dir.checkpoints, keep=1)
+    return {one.step: found.damage(one) or "good" for one in found.all()}
+
+
+def _checkpoint_faults(checkpoints: dict[int, str], history: History) -> Iterator[str]:
+    for step, state in checkpoints.items():
+        if state != "good":
+            yield f"checkpoint {step}: {state}"
+        if step > history.num_batches():
+            yield f"checkpoint {step}: is later than the ledger, which has {history.num_batches()} batches"
+    needed = min((step for step, state in checkpoints.items() if state == "good"), default=0)
+    if (first := history.first_whole_step()) > needed:
+        yield f"recovery: groups are kept from step {first} on, expected from {needed}, the oldest good checkpoint"
+
+
+def _lines(run_dir: RunDir, account: Account) -> Iterator[str]:
+    """The files for readers tell what the ledger tells; a run that goes on may be about to write its last line."""
+    for path, expected in ((run_dir.metrics, account.records()), (run_dir.evaluations, account.evaluations())):
+        lines = _read(path)
+        if isinstance(lines, str):
+            yield lines
+        elif lines != expected[: len(lines)] or len(expected) - len(lines) > 1:
+            yield f"{path.name}: its {len(lines)} lines are not the {len(expected)} of the ledger"
+
+
+def _read(path: Path) -> list[dict[str, Any]] | str:
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        return f"{path.name}: {error}, expected lines of JSON"

@@ -1,0 +1,153 @@
+"""The ledger's database: SQLite with durable transactions, checked whole before it is used."""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import OperatorError
+from learner.ledger.mark import Mark
+from learner.ledger.schema import DIGESTED, SCHEMA_VERSION, TABLES, row_digest
+
+DISK_ERRORS = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_BUSY")
+
+
+class Database:
+    """One connection, safe to share between threads. What a transaction changed is on disk when it ends."""
+
+    def __init__(self, path: Path, *, is_read_only: bool = False) -> None:
+        """Open or create. Raises OperatorError where the file is no ledger of this version, or damaged."""
+        self.path = path
+        self.lock = threading.RLock()
+        self._mark: Mark | None = None
+        try:
+            mode = "ro" if is_read_only else "rwc"
+            self._db = sqlite3.connect(
+                f"file:{_quoted(path)}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=10
+            )
+            self._db.create_function("row_digest", -1, row_digest, deterministic=True)
+            self._check_pages()
+            if not is_read_only:
+                self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + TABLES)
+            self._check_rows()
+        except sqlite3.Error as error:
+            raise OperatorError(
+                f"{path}: {error}, expected a ledger of an earlier start or a folder to create one in"
+            ) from error
+        self._open_mark(is_read_only=is_read_only)
+
+    def _check_pages(self) -> None:
+        faults = [fault for (fault,) in self._db.execute("PRAGMA integrity_check(1)")]
+        if faults != ["ok"]:
+            raise OperatorError(f"{self.path}: is damaged ({faults[0]}), expected a whole ledger: restore run.dir")
+
+    def _check_rows(self) -> None:
+        """Everything but bodies, which are checked when they are read."""
+        found = dict(self._db.execute("SELECT name, value FROM facts"))
+        if (schema := found.get("schema", SCHEMA_VERSION)) != SCHEMA_VERSION:
+            raise OperatorError(f"{self.path}: got ledger schema {schema}, expected {SCHEMA_VERSION}")
+        for table in DIGESTED:
+            if table != "bodies" and (num_bad := self.num_damaged(table)):
+                raise OperatorError(
+                    f"{self.path}: is damaged ({num_bad} rows of {table} are not those that were written), expected a "
+                    "whole ledger: restore run.dir"
+                )
+
+    def num_damaged(self, table: str) -> int:
+        """Rows of `table` whose digest is not that of their content."""
+        return self.count(f"SELECT count(*) FROM {table} WHERE digest IS NOT row_digest({DIGESTED[table]})")
+
+    def _open_mark(self, *, is_read_only: bool) -> None:
+        path = self.path.with_suffix(".mark")
+        if is_read_only and not path.exists():
+            return
+        mark = Mark(path)
+        acknowledged, held = mark.read(), self._num_transactions()
+        if acknowledged > held:
+            raise OperatorError(
+                f"{self.path}: holds {held} transactions, expected the {acknowledged} that {path.name} counts: the "
+                "ledger or its log was cut, or is an older copy; restore run.dir, or delete that file to go on without"
+            )
+        if is_read_only:
+            mark.close()
+        else:
+            self._mark = mark
+
+    def _num_transactions(self) -> int:
+        return int(self.fact("transactions") or 0)
+
+    def execute(self, query: str, parameters: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        return self._db.execute(query, parameters)
+
+    def executemany(self, query: str, rows: "list[tuple[object, ...]]") -> sqlite3.Cursor:
+        return self._db.executemany(query, rows)
+
+    def count(self, query: str, parameters: tuple[object, ...] = ()) -> int:
+        """The one number that `query` gives."""
+        with self.lock:
+            return int(self._db.execute(query, parameters).fetchone()[0])
+
+    def fact(self, name: str) -> str | None:
+        with self.lock:
+            row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return row[0] if row else None
+
+    def set_fact(self, name: str, value: str) -> None:
+        with self.transaction():
+            self._db.execute("REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    def increase(self, name: str, by: int = 1) -> int:
+        """Add to a fact that counts from 0; returns it as it was before."""
+        with self.transaction():
+            before = int(self.fact(name) or 0)
+            self.set_fact(name, str(before + by))
+            return before
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All of it on disk at its end, or nothing; one inside another is part of that. Raises OperatorError where the
+        disk refuses."""
+        with self.lock:
+            if self._db.in_transaction:
+                yield
+                return
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                num_changes = self._db.total_changes
+                yield
+                number = self.increase("transactions") + 1 if self._db.total_changes > num_changes else 0
+                self._db.execute("COMMIT")
+                if number and self._mark:
+                    self._mark.write(number)
+            except BaseException as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                is_disk = isinstance(error, sqlite3.OperationalError) and error.sqlite_errorname.startswith(DISK_ERRORS)
+                if is_disk:
+                    raise OperatorError(
+                        f"{self.path}: {error}, expected free disk space and a writable file"
+                    ) from error
+                raise
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Everything read inside is of one moment, whoever writes meanwhile."""
+        with self.lock:
+            self._db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._db.execute("ROLLBACK")
+
+    def close(self) -> None:
+        with self.lock:
+            self._db.close()
+            if self._mark:
+                self._mark.close()
+                self._mark = None
+
+
+def _quoted(path: Path) -> str:
+    """A path as part of a URI."""
+    return str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")

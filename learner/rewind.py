@@ -1,0 +1,37 @@
+"""The rewind: takes a run back to an older checkpoint, on purpose; the next start goes on from there.
+
+What came later stays in the ledger as dropped (`rolled_back`), and its prompts will be leased again.
+"""
+
+import shutil
+
+from common.config.schema import Config
+from common.errors import OperatorError
+from common.run_dir import RunDir
+from learner.checkpoints import Checkpoints
+from learner.ledger.ledger import Ledger
+from learner.recorder import Recorder
+
+
+def rewind(config: Config, run_dir: RunDir, step: int) -> str:
+    """Returns what was done. Raises OperatorError where `step` has no good checkpoint, or a learner is running."""
+    if not run_dir.ledger.exists():
+        raise OperatorError(f"--rewind: {run_dir.path} holds no run, expected the run.dir of one")
+    run_dir.lock()
+    ledger = Ledger(
+        run_dir.ledger,
+        groups_per_step=config.learner.groups_per_step,
+        max_staleness=config.algorithm.max_staleness,
+    )
+    checkpoints = Checkpoints(run_dir.checkpoints, keep=config.learner.keep_checkpoints)
+    checkpoints.require(step)
+    checkpoints.rewind(step)  # first: cut short between the two, the next start replays what was to be undone
+    num_dropped = ledger.rewind(step)
+    Recorder(run_dir.path, ledger).restore()
+    ledger.close()
+    run_dir.summary.unlink(missing_ok=True)
+    shutil.rmtree(run_dir.final, ignore_errors=True)
+    return (
+        f"{run_dir.path} is back at step {step}: {num_dropped} later groups are dropped, their prompts will be leased "
+        "again"
+    )

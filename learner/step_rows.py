@@ -1,0 +1,65 @@
+"""The rows of a step, from its committed composition: groups of the ledger and rows of the expert store."""
+
+from dataclasses import dataclass
+
+from common.chat import Chat
+from common.config.schema import Config
+from common.errors import OperatorError
+from common.trajectory import TrajectoryGroup
+from common.wire.groups import from_blob
+from learner.expert.store import ExpertStore, store_path
+from learner.ledger.history import Composition, History
+from learner.rows import Row, expert_row, policy_row
+from learner.schedule import mu_of
+
+
+@dataclass(frozen=True, eq=False)
+class StepRows:
+    """Everything that one optimizer step trains on."""
+
+    composition: Composition
+    groups: tuple[TrajectoryGroup, ...]
+    rows: list[Row]
+    mu: float
+
+
+def open_experts(config: Config, chat: Chat) -> ExpertStore | None:
+    """The store, every row of it seen to fit the model's chat template; None where no step has μ > 0.
+
+    Raises OperatorError where it is empty or a row does not fit, so that no step fails on one.
+    """
+    if not config.algorithm.trains_on_experts:
+        return None
+    path = store_path(config)
+    store = ExpertStore(path)
+    if not store.row_ids():
+        raise OperatorError(f"expert.path: {path} holds no rows, expected at least one (see chord-expert import)")
+    for row in store.rows():
+        try:
+            chat.demonstration(row.messages)
+        except Exception as error:  # a template says no in whatever way it likes
+            raise OperatorError(
+                f"expert.path: {path}: row {row.row_id}: the chat template refuses it ({error})"
+            ) from error
+    return store
+
+
+class StepReader:
+    """Reads the same rows for the same composition, whenever it is asked."""
+
+    def __init__(self, config: Config, history: History, experts: ExpertStore | None, chat: Chat) -> None:
+        """`experts` is None where no step has μ > 0."""
+        self._config = config
+        self._history = history
+        self._experts = experts
+        self._chat = chat
+
+    def read(self, composition: Composition) -> StepRows:
+        """Raises OperatorError where a group is not what was written."""
+        algorithm, temperature = self._config.algorithm, self._config.sampling.temperature
+        groups = tuple(from_blob(body) for body in self._history.bodies(composition.group_ids))
+        rows = [policy_row(group, scale=algorithm.advantage_scale, temperature=temperature) for group in groups]
+        if self._experts and composition.expert_row_ids:
+            demonstrations = self._experts.read(composition.expert_row_ids)
+            rows += [expert_row(self._chat.demonstration(row.messages)) for row in demonstrations]
+        return StepRows(composition, groups, rows, mu_of(algorithm, composition.step))

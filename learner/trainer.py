@@ -1,0 +1,100 @@
+"""The trainer: one optimizer step from rows; the same numbers whether the step is new, or replayed."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.config.schema import Config
+from learner.batch import TrainBatch, build_batch
+from learner.objective.importance import Correction
+from learner.policy_model import load_policy_model, resolve_compute_dtype
+from learner.ranks import Ranks
+from learner.rows import Row, deal, micro_batches, split_to_budget, unshare
+from learner.schedule import lr_at, mu_of
+from learner.train_engine import Objective, OptimizerSettings, StepReport, TrainEngine
+
+PUBLISHED_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One optimizer step that was taken."""
+
+    report: StepReport
+    lr: float
+    train_s: float
+
+
+def prepare_device(config: Config) -> torch.device:
+    """The device of this rank; threads and seed as configured."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.learner.num_threads:
+        torch.set_num_threads(config.learner.num_threads)
+    torch.manual_seed(config.run.seed)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+class Trainer:
+    """The policy under training and its optimizer; every rank makes one and calls its methods in the same order."""
+
+    def __init__(self, config: Config, ranks: Ranks, device: torch.device) -> None:
+        self._config = config
+        self._ranks = ranks
+        learner, algorithm = config.learner, config.algorithm
+        model = load_policy_model(
+            Path(config.model.path),
+            dtype=getattr(torch, config.model.dtype),
+            head_chunk_tokens=learner.head_chunk_tokens,
+        )
+        model.compute_dtype = resolve_compute_dtype(learner.compute_dtype, device)
+        correction = Correction(
+            kind=algorithm.correction, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high, cap=algorithm.cap,
+            band=algorithm.band,
+        )  # fmt: skip
+        settings = OptimizerSettings(
+            learner.weight_decay, learner.adam_betas, learner.max_grad_norm, learner.zero_stage
+        )
+        self._engine = TrainEngine(model, ranks, device, Objective(correction, algorithm.expert_weighting), settings)
+
+    def take(self, step: int, rows: Sequence[Row] | None) -> Taken:
+        """Take optimizer step `step` (counted from 0); only rank 0 passes its rows."""
+        batches = self._ranks.deal_batches(self._deal(rows) if rows is not None else None)
+        learner = self._config.learner
+        lr = lr_at(
+            step,
+            peak=learner.lr,
+            warmup_steps=learner.lr_warmup_steps,
+            num_steps=learner.num_steps,
+            schedule=learner.lr_schedule,
+        )
+        started = time.monotonic()
+        report = self._engine.step(batches, mu=mu_of(self._config.algorithm, step), lr=lr)
+        return Taken(report, lr, time.monotonic() - started)
+
+    def _deal(self, rows: Sequence[Row]) -> list[list[TrainBatch]]:
+        budget = self._config.learner.micro_batch_tokens
+        rows = rows if self._config.learner.share_prompts else unshare(rows)
+        rows = [part for row in rows for part in split_to_budget(row, budget)]
+        return [[build_batch(some) for some in micro_batches(share, budget)] for share in deal(rows, self._ranks.count)]
+
+    def published_tensors(self) -> dict[str, Tensor]:
+        """What a version consists of, on rank 0; empty elsewhere."""
+        return self._engine.tensors(PUBLISHED_DTYPE)
+
+    def parameters_hash(self) -> str:
+        """Names the learner's parameters to the bit. Rank 0."""
+        return self._engine.parameters_hash()
+
+    def save(self, folder: Path) -> None:
+        self._engine.save(folder)
+
+    def restore(self, folder: Path) -> None:
+        self._engine.restore(folder)
