@@ -77,8 +77,9 @@ class Publisher:
         return snapshot
 
     def _take_over(self) -> None:
-        """Of an earlier start's snapshots keep those whose evaluation is still owed; delete the others."""
+        """Of an earlier start's snapshots keep those whose evaluation is still owed, where they are whole."""
         owed = set(self._ledger.evaluations.owed())
+        noted = self._ledger.history.version_hashes()
         for path in sorted(self._folder.glob("*.safetensors")):
             step = int(path.stem)
             if step not in owed:
@@ -91,6 +92,10 @@ class Publisher:
                 step=step,
                 chunk_bytes=self._chunk_bytes,
             )
+            if snapshot.version.hash != noted.get(step):
+                log.error("%s is damaged: version %d is not evaluated, unless it is made again", path, step)
+                path.unlink()
+                continue
             self._server.offer(snapshot, pin=True)
             self._owed[step] = snapshot.version
 

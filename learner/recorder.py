@@ -94,7 +94,7 @@ class Recorder:
             "eval_after": evaluations.get(num_steps),
             "trajectories_trained": account.num_trained_trajectories(),
             "groups_trained": counts.trained,
-            "groups_dropped": counts.dropped,
+            "groups_dropped": account.dropped(),
             "groups_with_signal_frac": sum(line["num_groups_with_signal"] for line in lines) / num_groups
             if num_groups
             else None,

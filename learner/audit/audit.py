@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.config.load import resolve_config
 from common.errors import OperatorError
 from common.run_dir import RunDir
+from common.weights.snapshot import read_snapshot
 from common.wire.codec import WireError
 from common.wire.groups import from_blob
 from learner.checkpoints import Checkpoints
@@ -72,13 +74,14 @@ def _report(run_dir: RunDir, database: Database) -> Report:
     faults = [
         *_lost(database), *_twice(database), *_stale(database, bound), *_leases(database), *_batches(database, history),
         *_bodies(database, history), *_checkpoint_faults(checkpoints, history), *_lines(run_dir, account),
+        *_final(run_dir, history),
     ]  # fmt: skip
     return Report(
         run_id=database.fact("run_id") or "",
         incarnations=int(database.fact("incarnation") or 0),
         steps=len(account.records()),
         groups=asdict(account.counts()),
-        dropped=_tally(database, "SELECT reason, count(*) FROM groups WHERE state = 'dropped' GROUP BY reason"),
+        dropped=account.dropped(),
         leases=_tally(database, "SELECT state, count(*) FROM leases GROUP BY state"),
         trajectories_trained=account.num_trained_trajectories(),
         redelivered=account.num_redelivered(),
@@ -210,6 +213,18 @@ def _lines(run_dir: RunDir, account: Account) -> Iterator[str]:
             yield lines
         elif lines != expected[: len(lines)] or len(expected) - len(lines) > 1:
             yield f"{path.name}: its {len(lines)} lines are not the {len(expected)} of the ledger"
+
+
+def _final(run_dir: RunDir, history: History) -> Iterator[str]:
+    """The exported policy is the last version, byte for byte."""
+    weights = run_dir.final / "model.safetensors"
+    if not weights.exists():
+        return
+    last = history.num_batches()
+    chunk_bytes = resolve_config(run_dir.config).config.network.chunk_bytes
+    found = read_snapshot(weights, run_id="", incarnation=0, step=last, chunk_bytes=chunk_bytes).version.hash
+    if found != (expected := history.version_hashes().get(last)):
+        yield f"final: {weights} has hash {found}, expected {expected}, which version {last} was published with"
 
 
 def _read(path: Path) -> list[dict[str, Any]] | str:

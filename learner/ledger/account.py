@@ -41,6 +41,15 @@ class Account:
             rows = self._db.execute("SELECT state, count(*) FROM groups GROUP BY state").fetchall()
         return GroupCounts(**dict(rows))
 
+    def dropped(self) -> dict[str, int]:
+        """Dropped groups by reason."""
+        with self._db.lock:
+            return dict(
+                self._db.execute(
+                    "SELECT reason, count(*) FROM groups WHERE state = 'dropped' GROUP BY reason"
+                ).fetchall()
+            )
+
     def num_lost(self) -> int:
         """Acknowledged groups that are neither trained, dropped nor held."""
         return self._db.count(
