@@ -1,4 +1,4 @@
-"""A fault at every system call of the writers of checkpoint and ledger: each trial is one forked child, one call further.
+"""A fault at every system call of the writers of checkpoint and ledger: a forked child each, always one call further.
 
 `explore` runs it under the shim and returns what was found; run as a module it is the prepared parent of the trials.
 """
