@@ -45,9 +45,7 @@ class Site:
         self._config = write_config(folder, model, **merged)
         import_experts(self._config)
         self.shim = Shim(self.run_dir, folder / "controls")
-        self.proxies = {
-            host: Proxy(host=host, target_host=LEARNER_HOST, ports=ports, seed=seed) for host in FAR_HOSTS
-        }
+        self.proxies = {host: Proxy(host=host, target_host=LEARNER_HOST, ports=ports, seed=seed) for host in FAR_HOSTS}
         self._local: subprocess.Popen[bytes] | None = None
         self._far: dict[str, subprocess.Popen[bytes]] = {}
         self._overrides = (f"learner.num_steps={UNTIL_STOPPED}",)
@@ -109,6 +107,11 @@ class Site:
     @property
     def _last_step(self) -> int:
         return int(self._overrides[0].partition("=")[2])
+
+    @property
+    def local_exit_code(self) -> int | None:
+        """None while chord-local runs."""
+        return self._local.poll() if self._local else None
 
     def wait_until(self, is_reached: Callable[[], bool], what: str, *, limit_s: float = 120) -> float:
         """Tend the run meanwhile; returns the seconds it took. Raises RunFailed naming `what`."""
