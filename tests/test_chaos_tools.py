@@ -6,14 +6,19 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from tests.chaos.faults import actor_logs
 from tests.chaos.proxy import CALM, Proxy, Weather
 from tests.chaos.shim import Kind, Shim
+from tests.chaos.siege import besiege
+from tests.chaos.site import Site
+from tests.chaos.verdict import judge
 
 FAR = "127.0.0.9"
 
@@ -183,3 +188,26 @@ def test_the_shim_strikes_where_it_was_told(tmp_path: Path, skip: int, repeat: i
     done = subprocess.run(command, env=shim.environment("writer"), capture_output=True, text=True, check=True)
     assert done.stdout.split() == [*map(str, said), "True"]
     assert control.num_struck == said.count(errno.ENOSPC)
+
+
+def test_a_learner_under_hostile_fire_goes_on_and_loses_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    actor = {"engine": "simulated", "tokens_per_s": 100.0}
+    site = Site(tmp_path / "site", tiny_model, {"actor": actor, "eval": {"every_steps": 0}}, seed=5)
+    try:
+        site.start()
+        site.wait_for_steps(2)
+        report = besiege(site, num_messages=3000, num_connections=90, seed=1)
+        assert site.stop() == 0
+        last = site.steps() + 2
+        site.start(f"learner.num_steps={last}")
+        site.wait_until(lambda: site.is_over, "the end")
+        verdict = judge(
+            site.run_dir, actor_logs(site), config=tomllib.loads((site.run_dir / "config.toml").read_text())
+        )
+    finally:
+        site.close()
+    assert report.is_withstood, report
+    assert report.memory_growth_bytes < 200 << 20, report
+    assert report.sent["messages"] >= 1000
+    assert sum(report.sent["connections"].values()) == 90
+    assert verdict.is_clean, verdict

@@ -40,6 +40,8 @@ class Site:
         self.run_dir = folder / "run"
         folder.mkdir(parents=True)
         ports = _free_ports(random.Random(seed))
+        self.ports = tuple(ports)
+        """Front door, weights, announcements."""
         network = {"port": ports[0], "weights_port": ports[1], "announcements_port": ports[2]}
         merged = {**sections, "network": {**network, **sections.get("network", {})}}
         self._config = write_config(folder, model, **merged)
