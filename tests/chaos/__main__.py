@@ -21,10 +21,11 @@ import typer
 
 from tests.chaos.crash_points import FAULTS, WRITERS, explore
 from tests.chaos.faults import Faults, actor_logs
+from tests.chaos.keys import make_keys
 from tests.chaos.schedule import COUNTS, deal_faults, variants
 from tests.chaos.scratch import scratch_folder
 from tests.chaos.site import RunFailed, Site
-from tests.chaos.verdict import Verdict, judge
+from tests.chaos.verdict import Verdict, judge, tracebacks
 from tests.tiny_model import make_tiny_model
 
 LAST_STEPS = 5
@@ -48,6 +49,7 @@ class Chaos:
         self._failures: list[str] = []
         self._operator_starts: list[str] = []
         self._skipped = Counter[str]()
+        self._tracebacks = Counter[str]()
         self._crash_points: dict[str, int] = {}
         self._run = 0
         self._site: Site | None = None
@@ -63,6 +65,8 @@ class Chaos:
         return self._report()
 
     def _one_run(self, model: Path, sections: dict[str, Any], faults: Sequence[str]) -> None:
+        if self._run % 2 and (keys := make_keys(self._folder / f"keys-{self._run}")):
+            sections = {**sections, "network": {**sections["network"], "keys": str(keys)}}
         site = self._site = Site(
             self._folder / f"run-{self._run}", model, sections, seed=self._chance.randrange(1 << 30)
         )
@@ -78,6 +82,9 @@ class Chaos:
             traceback.print_exc(file=sys.stdout)
         finally:
             self._operator_starts += site.operator_starts
+            found = tracebacks([*actor_logs(site), *site.run_dir.glob("logs/[el]*.log"), site.folder / "output.log"])
+            self._tracebacks += found
+            self._failures += [f"run {self._run}: chord-local: {line}" for line in found if line.startswith("output:")]
             self._site = None
             site.close()
 
@@ -131,6 +138,7 @@ class Chaos:
             "black_hole_noticed_s": _spread(faults.notice_s),
             "stopped_for_good": dict(faults.stopped_found),
             "operator_starts": dict(Counter(self._operator_starts)),
+            "tracebacks": dict(self._tracebacks.most_common()),
             "runs": len(self._plan),
             "runs_ended": len(verdicts),
             "steps": sum(verdict.steps for verdict in verdicts),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from tests.runs import QUIET, read_lines
 
 PROJECT = Path(__file__).resolve().parents[2]
+RANK = re.compile(r"^\[rank\d+\]: ")
 ACKNOWLEDGED = re.compile(r"lease (\S+): committed")
 
 
@@ -53,6 +55,21 @@ def judge(run_dir: Path, logs: list[Path], *, config: dict[str, Any]) -> Verdict
     _check_summary(verdict, run_dir)
     _ask_audit(verdict, run_dir)
     return verdict
+
+
+def tracebacks(logs: Iterable[Path]) -> Counter[str]:
+    """Last lines of the tracebacks in these logs, numbers left out; most of them are one line that is still owed."""
+    found = Counter[str]()
+    for log in logs:
+        is_inside = False
+        for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+            line = RANK.sub("", line)
+            if line.startswith("Traceback (most recent call last)"):
+                is_inside = True
+            elif is_inside and line and not line[0].isspace():
+                is_inside = False
+                found[f"{log.stem}: {re.sub(r'[0-9a-f]*[0-9]+', '#', line)[:160]}"] += 1
+    return found
 
 
 def _check_groups(verdict: Verdict, groups: dict[int, dict[str, Any]], *, max_staleness: int) -> None:
