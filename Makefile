@@ -7,13 +7,15 @@ MODEL := models/smollm2-135m
 DEMO := deploy/recipes/demo.toml
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: help demo test check fix
+.PHONY: help demo test check fix chaos soak
 
 help:
 	@echo "make demo   train SmolLM2-135M to add and subtract, from nothing to a summary"
 	@echo "make test   every test"
 	@echo "make check  format, lint and types"
 	@echo "make fix    format and mend what can be mended"
+	@echo "make chaos  kill, stop, cut off, starve and damage real runs for an hour; nothing may be lost"
+	@echo "make soak   an hour of light faults and hostile connections; memory must not grow"
 
 demo: $(READY) $(MODEL)/config.json
 	$(BIN)/chord-expert import reasoning_gym --num-rows 1000 --config $(DEMO)
@@ -30,6 +32,12 @@ check: $(READY)
 fix: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos
+
+soak: $(READY)
+	$(BIN)/python -m tests.chaos.soak
 
 $(MODEL)/config.json: | $(READY)
 	$(BIN)/python deploy/models/smollm2.py $(MODEL)

@@ -1,0 +1,99 @@
+"""A siege: hostile peers, in a process of their own, against the learner of a site, which must go on as before."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.chaos.site import LEARNER_HOST, Site
+
+SETTLE_S = 5.0
+
+
+@dataclass
+class SiegeReport:
+    """What was sent, and what it did to the learner."""
+
+    sent: dict[str, Any] = field(default_factory=dict[str, Any])
+    crashes: int = 0
+    """Learners that ended meanwhile."""
+    memory_growth_bytes: int = 0
+    """Of the learner's unique set size, from before the siege to its highest value."""
+    memory_left_bytes: int = 0
+    """The same, to some seconds after it."""
+    steps: int = 0
+    """Optimizer steps that were finished meanwhile."""
+    longest_pause_s: float = 0.0
+    """Longest time without a step."""
+    refused: dict[str, int] = field(default_factory=dict[str, int])
+    """Messages and connections that the learner says it refused, by fault, as its metrics have it at the end."""
+
+    @property
+    def is_withstood(self) -> bool:
+        return self.crashes == 0 and self.steps > 0
+
+
+def besiege(
+    site: Site, *, num_messages: int, num_connections: int, seed: int, minutes: float = 60.0, key_name: str = "",
+    keys: Path | None = None,
+) -> SiegeReport:  # fmt: skip
+    """Attack the learner of `site` while it trains."""
+    report, pid, first_step = SiegeReport(), site.pid("learner"), site.steps()
+    before = _memory(pid)
+    command = [
+        sys.executable, "-m", "tests.chaos.hostile", LEARNER_HOST, *map(str, site.ports), "--seed", str(seed),
+        "--num-messages", str(num_messages), "--num-connections", str(num_connections), "--minutes", str(minutes),
+        *(["--keys", str(keys), "--key-name", key_name] if keys else []),
+    ]  # fmt: skip
+    with (site.folder / "hostile.log").open("ab") as errors:
+        attacker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=dict(os.environ))
+        try:
+            ended_at = 0.0
+            stepped_at, step = time.monotonic(), first_step
+            while not ended_at or time.monotonic() - ended_at < SETTLE_S:
+                site.tend()
+                if (now_pid := site.pid("learner")) != pid:
+                    report.crashes, pid, before = report.crashes + 1, now_pid, _memory(now_pid)
+                report.memory_left_bytes = _memory(pid) - before
+                report.memory_growth_bytes = max(report.memory_growth_bytes, report.memory_left_bytes)
+                report.longest_pause_s = max(report.longest_pause_s, time.monotonic() - stepped_at)
+                if site.steps() != step:
+                    stepped_at, step = time.monotonic(), site.steps()
+                if attacker.poll() is not None and not ended_at:
+                    ended_at = time.monotonic()
+                time.sleep(0.25)
+        finally:
+            attacker.kill()
+            said, _ = attacker.communicate()
+    report.steps = site.steps() - first_step
+    report.refused = _refusals(site)
+    report.longest_pause_s = round(report.longest_pause_s, 1)
+    lines = said.splitlines()
+    assert lines, f"the hostile peers failed: {(site.folder / 'hostile.log').read_text()[-1000:]}"
+    report.sent = json.loads(lines[-1])
+    return report
+
+
+def _refusals(site: Site) -> dict[str, int]:
+    found = re.findall(r"metrics: (http://\S+)", (site.run_dir / "logs" / "learner.log").read_text(errors="replace"))
+    with urllib.request.urlopen(found[-1], timeout=10) as reply:
+        families = text_string_to_metric_families(reply.read().decode())
+    refused = [sample for family in families for sample in family.samples if "refused" in sample.name]
+    return {" ".join(sample.labels.values()): int(sample.value) for sample in refused}
+
+
+def _memory(pid: int) -> int:
+    """Unique set size in bytes; 0 where the process has gone."""
+    try:
+        return int(psutil.Process(pid).memory_full_info().uss)
+    except psutil.Error:
+        return 0

@@ -1,0 +1,213 @@
+"""The tools of `make chaos`: the proxy's faults are those it promises, and a small hostile load stops nobody."""
+
+import errno
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.faults import actor_logs
+from tests.chaos.proxy import CALM, Proxy, Weather
+from tests.chaos.shim import Kind, Shim
+from tests.chaos.siege import besiege
+from tests.chaos.site import Site
+from tests.chaos.verdict import judge
+
+FAR = "127.0.0.9"
+
+
+@pytest.fixture
+def echo_port() -> Iterator[int]:
+    """A server that answers every byte with itself."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+    def answer(connection: socket.socket) -> None:
+        with closing(connection):
+            try:
+                while data := connection.recv(65536):
+                    connection.sendall(data)
+            except OSError:
+                pass
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield listener.getsockname()[1]
+    listener.close()
+
+
+@pytest.fixture
+def proxy(echo_port: int) -> Iterator[Proxy]:
+    proxy = Proxy(host=FAR, target_host="127.0.0.1", ports=[echo_port], seed=1)
+    yield proxy
+    proxy.close()
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection((FAR, port), timeout=10)
+
+
+def answer(connection: socket.socket, data: bytes = b"hello") -> bytes:
+    """What comes back, until as much came as was sent, or the end."""
+    connection.sendall(data)
+    found = b""
+    while len(found) < len(data) and (more := connection.recv(65536)):
+        found += more
+    return found
+
+
+def wait_until(is_reached: Callable[[], bool], limit_s: float = 10) -> None:
+    deadline = time.monotonic() + limit_s
+    while not is_reached():
+        assert time.monotonic() < deadline, f"not reached within {limit_s} s"
+        time.sleep(0.01)
+
+
+def test_a_calm_proxy_passes_everything_on(proxy: Proxy, echo_port: int) -> None:
+    with connect(echo_port) as connection:
+        data = bytes(range(256)) * 4000
+        sender = threading.Thread(target=connection.sendall, args=(data,))
+        sender.start()
+        found = b""
+        while len(found) < len(data):
+            found += connection.recv(65536)
+        sender.join()
+    assert found == data
+    assert (proxy.num_connections, proxy.num_broken) == (1, 0)
+
+
+def test_a_reset_ends_every_connection_at_once_and_new_ones_are_served(proxy: Proxy, echo_port: int) -> None:
+    with connect(echo_port) as connection:
+        assert answer(connection) == b"hello"
+        assert proxy.reset_all() == 2
+        with pytest.raises(ConnectionResetError):
+            answer(connection)
+    with connect(echo_port) as connection:
+        assert answer(connection) == b"hello"
+
+
+def test_a_black_hole_keeps_connections_and_moves_nothing_until_it_ends(proxy: Proxy, echo_port: int) -> None:
+    with connect(echo_port) as connection:
+        assert answer(connection) == b"hello"
+        proxy.change(Weather(is_black_hole=True))
+        connection.sendall(b"later")
+        with connect(echo_port) as newcomer:
+            newcomer.sendall(b"me too")
+            for silent in (connection, newcomer):
+                silent.settimeout(0.3)
+                with pytest.raises(TimeoutError):
+                    silent.recv(1)
+                silent.settimeout(10)
+            proxy.change(CALM)
+            assert connection.recv(100) == b"later"
+            assert newcomer.recv(100) == b"me too"
+
+
+def test_a_cut_passes_a_part_on_and_closes(proxy: Proxy, echo_port: int) -> None:
+    proxy.change(Weather(cut_probability=1.0))
+    with connect(echo_port) as connection:
+        assert len(answer(connection, b"x" * 1000)) < 1000
+    wait_until(lambda: proxy.num_broken > 0)
+
+
+def test_heavy_loss_resets_connections_now_and_then(proxy: Proxy, echo_port: int) -> None:
+    proxy.change(Weather(reset_probability=0.3))
+    num_whole = num_reset = 0
+    for _ in range(40):
+        try:
+            with connect(echo_port) as connection:
+                found = answer(connection)
+                num_whole, num_reset = num_whole + (found == b"hello"), num_reset + (found != b"hello")
+        except ConnectionError:
+            num_reset += 1
+    assert num_whole >= 5
+    assert num_reset >= 5
+
+
+def test_a_delay_and_a_throttle_only_slow_down(proxy: Proxy, echo_port: int) -> None:
+    proxy.change(Weather(delay_s=(0.05, 0.1), bytes_per_s=1e6))
+    with connect(echo_port) as connection:
+        started = time.monotonic()
+        assert answer(connection) == b"hello"
+        assert time.monotonic() - started >= 0.1
+
+
+CLOCK = "import time; print(time.time(), time.monotonic())"
+
+
+def test_the_shim_shifts_the_wall_clock_alone(tmp_path: Path) -> None:
+    shim = Shim(tmp_path / "files", tmp_path / "controls")
+    shim.control("clock").shift_clock(-7200)
+    command = [sys.executable, "-c", CLOCK]
+    done = subprocess.run(command, env=shim.environment("clock"), capture_output=True, text=True, check=True)
+    wall, monotonic = map(float, done.stdout.split())
+    assert time.time() - wall == pytest.approx(7200, abs=60)
+    assert time.monotonic() - monotonic == pytest.approx(0, abs=60)
+
+
+WRITES = """
+import os, sys
+for number in range(3):
+    try:
+        with open(f"{sys.argv[1]}/files/{number}", "wb") as file:
+            file.write(b"x")
+        print("written")
+    except OSError as error:
+        print(error.errno)
+print(os.statvfs(sys.argv[1] + "/files").f_bavail == 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("skip", "repeat", "said"),
+    [
+        (0, -1, [errno.ENOSPC] * 3),
+        (1, 1, ["written", errno.ENOSPC, "written"]),
+        (3, 1, ["written"] * 3),
+    ],
+)
+def test_the_shim_strikes_where_it_was_told(tmp_path: Path, skip: int, repeat: int, said: list[object]) -> None:
+    (tmp_path / "files").mkdir()
+    shim = Shim(tmp_path / "files", tmp_path / "controls")
+    control = shim.control("writer")
+    control.fail(errno.ENOSPC, skip=skip, repeat=repeat, kinds=Kind.WRITE)
+    command = [sys.executable, "-c", WRITES, str(tmp_path)]
+    done = subprocess.run(command, env=shim.environment("writer"), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [*map(str, said), "True"]
+    assert control.num_struck == said.count(errno.ENOSPC)
+
+
+def test_a_learner_under_hostile_fire_goes_on_and_loses_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    actor = {"engine": "simulated", "tokens_per_s": 100.0}
+    site = Site(tmp_path / "site", tiny_model, {"actor": actor, "eval": {"every_steps": 0}}, seed=5)
+    try:
+        site.start()
+        site.wait_for_steps(2)
+        report = besiege(site, num_messages=3000, num_connections=90, seed=1)
+        assert site.stop() == 0
+        last = site.steps() + 2
+        site.start(f"learner.num_steps={last}")
+        site.wait_until(lambda: site.is_over, "the end")
+        verdict = judge(
+            site.run_dir, actor_logs(site), config=tomllib.loads((site.run_dir / "config.toml").read_text())
+        )
+    finally:
+        site.close()
+    assert report.is_withstood, report
+    assert report.memory_growth_bytes < 200 << 20, report
+    assert report.sent["messages"] >= 1000
+    assert sum(report.sent["connections"].values()) == 90
+    assert verdict.is_clean, verdict
