@@ -38,7 +38,7 @@ def actor(
     require_model_folder(resolved.model.path)
     check_address(resolved)
     start_logging(name or "actor")
-    with RunDir(Path(resolved.run.dir)).explains_full_disk():
+    with RunDir(Path(resolved.run.dir)).explains_bad_disk():
         asyncio.run(run_actor(resolved, name or default_name(Role.ACTOR)))
 
 

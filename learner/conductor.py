@@ -135,7 +135,8 @@ class Conductor:
             self._host.phase = "checkpointing"
             self._checkpoints.begin(step)
         self._ranks.barrier()
-        self._trainer.save(self._checkpoints.partial_path(step))
+        with self._checkpoints.reporting():
+            self._trainer.save(self._checkpoints.partial_path(step))
         self._ranks.barrier()
         if self._host:
             self._checkpoints.finish(step, parameters_hash=self._trainer.parameters_hash())

@@ -43,7 +43,7 @@ def evaluator(
     if not model:
         check_address(resolved)
     start_logging(name or "evaluator")
-    with RunDir(Path(resolved.run.dir)).explains_full_disk():
+    with RunDir(Path(resolved.run.dir)).explains_bad_disk():
         asyncio.run(score_folder(resolved) if model else serve(resolved, name or default_name(Role.EVALUATOR)))
 
 

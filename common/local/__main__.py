@@ -54,7 +54,10 @@ def steps_done(run_dir: RunDir) -> int:
     """Steps of a run that came to its end; 0 where there is none."""
     if not (run_dir.summary.exists() and run_dir.final.exists()):
         return 0
-    return int(json.loads(run_dir.summary.read_text())["steps"])
+    try:
+        return int(json.loads(run_dir.summary.read_bytes())["steps"])
+    except (ValueError, KeyError, TypeError):
+        return 0  # damaged: the learner, which knows better, writes it anew
 
 
 def with_port(config: Config) -> Config:
