@@ -114,7 +114,7 @@ class CheckpointWriter:
         torch.save({"module": {"a": values, "b": values[:7]}, "step": step}, partial / "state" / "model.pt")
         torch.save({"moments": [values * 2, values * 3]}, partial / "state" / "optimizer.pt")
         save_file({"a": values}, partial / "policy.safetensors")
-        checkpoints.finish(step)
+        checkpoints.finish(step, parameters_hash=str(step))
 
 
 class LedgerWriter:
@@ -127,7 +127,7 @@ class LedgerWriter:
         self._template.mkdir(parents=True)
         ledger = _open_ledger(self._template)
         for lease in ledger.lease("a", "s0", capacity=2, serving_step=0, held=()):
-            ledger.commit(lease.lease_id, _body(lease.lease_id), min_version=0, num_trajectories=2)
+            ledger.commit(lease.lease_id, _body(lease.lease_id), _sample(0))
         ledger.close()
 
     def prepare(self, folder: Path) -> None:
@@ -143,18 +143,18 @@ class LedgerWriter:
             for lease in leases:
                 say(f"leased {lease.lease_id}")
             for lease in leases[:1]:
-                ledger.commit(lease.lease_id, _body(lease.lease_id), min_version=step, num_trajectories=2)
+                ledger.commit(lease.lease_id, _body(lease.lease_id), _sample(step))
                 say(f"committed {lease.lease_id}")
             with ledger.transaction():
                 for lease in leases[1:]:
-                    ledger.commit(lease.lease_id, _body(lease.lease_id), min_version=step, num_trajectories=2)
+                    ledger.commit(lease.lease_id, _body(lease.lease_id), _sample(step))
             for lease in leases[1:]:
                 say(f"committed {lease.lease_id}")
-            if ledger.batch(step) is None:  # where the trial before was cut off later, it is replayed
+            if ledger.history.batch(step) is None:  # where the trial before was cut off later, it is replayed
                 group_ids = ledger.ready(step, waits_for_oldest=True)
                 ledger.commit_batch(Composition(step, tuple(group_ids), (step,), step + 1))
                 say(f"batch {step} {' '.join(map(str, group_ids))}")
-            ledger.finish_batch(step)
+            ledger.finish_batch(step, json.dumps({"step": step + 1, "run_wall_s": 1.0}))
             say(f"finished {step}")
         ledger.close()
 
@@ -162,7 +162,7 @@ class LedgerWriter:
         ledger = _open_ledger(folder)
         try:
             wrong = [line for words in said if (line := self._doubt(ledger, words.split()))]
-            if lost := ledger.num_lost():
+            if lost := ledger.account.num_lost():
                 wrong.append(f"{lost} groups are lost")
         finally:
             ledger.close()
@@ -176,14 +176,14 @@ class LedgerWriter:
             case ["leased", lease_id]:
                 return "" if ledger.was_issued_to(lease_id, "a") else f"lease {lease_id} is gone"
             case ["committed", lease_id]:
-                (body,) = ledger.bodies([int(lease_id.partition(".")[0])])
+                (body,) = ledger.history.bodies([int(lease_id.partition(".")[0])])
                 return "" if body == _body(lease_id) else f"the body of {lease_id} is another"
             case ["batch", step, *group_ids]:
-                batch = ledger.batch(int(step))
+                batch = ledger.history.batch(int(step))
                 is_same = batch and batch.group_ids == tuple(map(int, group_ids))
                 return "" if is_same else f"batch {step}: got {batch}, expected groups {group_ids}"
             case ["finished", step]:
-                num_trained = ledger.counts().trained
+                num_trained = ledger.account.counts().trained
                 return "" if num_trained >= 2 * (int(step) + 1) else f"step {step}: only {num_trained} groups trained"
             case _:
                 return ""
@@ -193,6 +193,12 @@ def _open_ledger(folder: Path) -> Any:
     from learner.ledger.ledger import Ledger
 
     return Ledger(folder / "ledger.sqlite", groups_per_step=2, max_staleness=1)
+
+
+def _sample(version: int) -> Any:
+    from learner.ledger.ledger import Sample
+
+    return Sample(min_version=version, num_trajectories=2, num_answer_tokens=10, reward_sum=1.0, sampling_s=0.5)
 
 
 def _body(lease_id: str) -> bytes:
