@@ -87,6 +87,7 @@ def restored_lines(folder: Path) -> object:
 LOOKS: dict[str, Callable[[Path], object]] = {
     "ledger.sqlite": open_ledger,
     "ledger.sqlite-wal": open_ledger,
+    "ledger.mark": open_ledger,
     "expert.sqlite": read_experts,
     "metrics.jsonl": restored_lines,
     "eval.jsonl": restored_lines,

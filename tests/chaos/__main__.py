@@ -134,7 +134,7 @@ class Chaos:
             "failures": self._failures,
             "skipped": dict(self._skipped),
             "recovery_s": _spread(faults.recovery_s),
-            "caught_up_s": _spread(faults.caught_up_s),
+            "training_again_s": _spread(faults.training_again_s),
             "black_hole_noticed_s": _spread(faults.notice_s),
             "stopped_for_good": dict(faults.stopped_found),
             "operator_starts": dict(Counter(self._operator_starts)),

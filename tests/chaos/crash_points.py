@@ -123,11 +123,9 @@ class LedgerWriter:
     def __init__(self, scratch: Path) -> None:
         self._template = scratch / "template"
         self._template.mkdir(parents=True)
-        from learner.ledger.ledger import Sample
-
         ledger = _open_ledger(self._template)
         for lease in ledger.lease("a", "s0", capacity=2, serving_step=0, held=()):
-            ledger.commit(lease.lease_id, _body(lease.lease_id), Sample(0, 2, 20, 1.0, 0.5))
+            ledger.commit(lease.lease_id, _body(lease.lease_id), _sample(0))
         ledger.close()
 
     def prepare(self, folder: Path) -> None:
@@ -135,7 +133,6 @@ class LedgerWriter:
 
     def write(self, folder: Path, say: Callable[[str], None]) -> None:
         from learner.ledger.history import Composition
-        from learner.ledger.ledger import Sample
 
         ledger = _open_ledger(folder)
         say("opened")
@@ -144,11 +141,11 @@ class LedgerWriter:
             for lease in leases:
                 say(f"leased {lease.lease_id}")
             for lease in leases[:1]:
-                ledger.commit(lease.lease_id, _body(lease.lease_id), Sample(step, 2, 20, 1.0, 0.5))
+                ledger.commit(lease.lease_id, _body(lease.lease_id), _sample(step))
                 say(f"committed {lease.lease_id}")
             with ledger.transaction():
                 for lease in leases[1:]:
-                    ledger.commit(lease.lease_id, _body(lease.lease_id), Sample(step, 2, 20, 1.0, 0.5))
+                    ledger.commit(lease.lease_id, _body(lease.lease_id), _sample(step))
             for lease in leases[1:]:
                 say(f"committed {lease.lease_id}")
             if ledger.history.batch(step) is None:  # where the trial before was cut off later, it is replayed
@@ -194,6 +191,12 @@ def _open_ledger(folder: Path) -> Any:
     from learner.ledger.ledger import Ledger
 
     return Ledger(folder / "ledger.sqlite", groups_per_step=2, max_staleness=1)
+
+
+def _sample(version: int) -> Any:
+    from learner.ledger.ledger import Sample
+
+    return Sample(min_version=version, num_trajectories=2, num_answer_tokens=10, reward_sum=1.0, sampling_s=0.5)
 
 
 def _body(lease_id: str) -> bytes:

@@ -27,7 +27,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum action { PASS, FAIL, KILL, TEAR }; /* TEAR: killed after half of a write, or after the whole of another call */
+/* TEAR: killed after half of a write, in whole sectors, or after the whole of another call. */
+enum action { PASS, FAIL, KILL, TEAR };
 enum kind { WRITE = 1, SYNC = 2, NAME = 4 };
 
 struct control {
@@ -171,19 +172,20 @@ static enum action strike(enum kind kind, const char *call) {
     }
 
 #define AT AT_FDCWD
+#define HALF(n) ((n) / 2 / 512 * 512)
 
-INTERCEPT(ssize_t, write, WRITE, owns(fd), (int fd, const void *data, size_t n), (fd, data, n), (fd, data, n / 2))
+INTERCEPT(ssize_t, write, WRITE, owns(fd), (int fd, const void *data, size_t n), (fd, data, n), (fd, data, HALF(n)))
 INTERCEPT(ssize_t, pwrite, WRITE, owns(fd), (int fd, const void *data, size_t n, off_t at), (fd, data, n, at),
-          (fd, data, n / 2, at))
+          (fd, data, HALF(n), at))
 INTERCEPT(ssize_t, pwrite64, WRITE, owns(fd), (int fd, const void *data, size_t n, off64_t at), (fd, data, n, at),
-          (fd, data, n / 2, at))
+          (fd, data, HALF(n), at))
 INTERCEPT(ssize_t, writev, WRITE, owns(fd), (int fd, const struct iovec *v, int n), (fd, v, n), (fd, v, n / 2))
 INTERCEPT(ssize_t, pwritev, WRITE, owns(fd), (int fd, const struct iovec *v, int n, off_t at), (fd, v, n, at),
           (fd, v, n / 2, at))
 INTERCEPT(ssize_t, sendfile, WRITE, owns(to), (int to, int from, off_t *at, size_t n), (to, from, at, n),
-          (to, from, at, n / 2))
+          (to, from, at, HALF(n)))
 INTERCEPT(ssize_t, sendfile64, WRITE, owns(to), (int to, int from, off64_t *at, size_t n), (to, from, at, n),
-          (to, from, at, n / 2))
+          (to, from, at, HALF(n)))
 INTERCEPT(int, fsync, SYNC, owns(fd), (int fd), (fd), (fd))
 INTERCEPT(int, fdatasync, SYNC, owns(fd), (int fd), (fd), (fd))
 INTERCEPT(int, ftruncate, NAME, owns(fd), (int fd, off_t n), (fd, n), (fd, n))

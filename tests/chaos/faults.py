@@ -34,9 +34,9 @@ class Faults:
         self.kills = Counter[str]()
         self.struck = Counter[str]()
         self.recovery_s: list[float] = []
-        """From the kill of a learner to the first step that is finished after its restart."""
-        self.caught_up_s: list[float] = []
-        """From the kill of a learner to the first step that had not been finished before."""
+        """From the kill of a learner to the next step that had not been finished before."""
+        self.training_again_s: list[float] = []
+        """From the kill of a learner to its first step or replay after the restart, model load included."""
         self.notice_s: list[float] = []
         """From a black hole to the learner's notice of it."""
         self.stopped_found = Counter[str]()
@@ -307,17 +307,19 @@ class Faults:
         self._allow_crash(name)
         if self._chance.random() < 0.3:
             time.sleep(self._chance.uniform(0, 0.5))
-        metrics, newest = self.site.run_dir / "metrics.jsonl", self.site.steps()
-        inode = metrics.stat().st_ino if metrics.exists() else 0
+        newest, status = self.site.steps(), self.site.run_dir / "status.json"
         self._say(f"SIGKILL {name}")
-        started = time.monotonic()
+        started, killed_at = time.monotonic(), time.time()
         self.kills[name] += self._signal(name, signal.SIGKILL)
-        self.site.wait_until(lambda: metrics.exists() and metrics.stat().st_ino != inode, "the learner's restart")
-        size = metrics.stat().st_size
-        self.site.wait_until(lambda: metrics.stat().st_size > size, "a step after the learner's restart")
-        self.recovery_s.append(time.monotonic() - started)
+
+        def is_training() -> bool:
+            is_new = status.exists() and status.stat().st_mtime > killed_at
+            return is_new and self.site.status().get("phase") in ("replaying", "training")
+
+        self.site.wait_until(is_training, "the learner's restart")
+        self.training_again_s.append(time.monotonic() - started)
         self.site.wait_until(lambda: self.site.steps() > newest, f"step {newest + 1}")
-        self.caught_up_s.append(time.monotonic() - started)
+        self.recovery_s.append(time.monotonic() - started)
 
     def _suspend(self, name: str, for_s: float) -> None:
         self._say(f"SIGSTOP {name} for {for_s:.0f} s")

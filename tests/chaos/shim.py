@@ -23,7 +23,7 @@ class Action(IntEnum):
     KILL = 2
     """SIGKILL before the call."""
     TEAR = 3
-    """SIGKILL after half of a write, or after the whole of another call."""
+    """SIGKILL after half of a write, in whole sectors of 512 bytes, or after the whole of another call."""
 
 
 class Kind(IntFlag):
