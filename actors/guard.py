@@ -68,7 +68,7 @@ class EngineGuard:
         try:
             answer = await wait_for(
                 self._engine.sample(prompt, sampling), "an answer", whom=self._whom,
-                limit_s=self._limits.answer_timeout_s,
+                limit_s=self._limits.answer_timeout_s, is_quiet=True,
             )  # fmt: skip
         except ValueError:
             raise

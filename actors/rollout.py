@@ -108,4 +108,4 @@ class Rollout:
         return await self._guard.sample(list(tokens), replace(sampling, max_tokens=min(sampling.max_tokens, room)))
 
     async def _from_environment(self, awaited: Awaitable[Reply], phase: str) -> Reply:
-        return await wait_for(awaited, phase, whom="the environment", limit_s=self._score_timeout_s)
+        return await wait_for(awaited, phase, whom="the environment", limit_s=self._score_timeout_s, is_quiet=True)

@@ -47,13 +47,19 @@ class Wait:
             self._reported = now
 
 
-async def wait_for(awaited: Awaitable[Result], phase: str, *, whom: str, limit_s: float) -> Result:
-    """What `awaited` gives; it is cancelled where it takes longer. Raises WaitTimeout naming `whom` and `phase`."""
+async def wait_for(
+    awaited: Awaitable[Result], phase: str, *, whom: str, limit_s: float, is_quiet: bool = False
+) -> Result:
+    """What `awaited` gives; it is cancelled where it takes longer. Raises WaitTimeout naming `whom` and `phase`.
+
+    `is_quiet`: one of many waits that may well last; only the end of its patience is told.
+    """
     wait = Wait(whom, limit_s=limit_s)
     task = asyncio.ensure_future(awaited)
     try:
         while not (await asyncio.wait([task], timeout=min(1.0, limit_s)))[0]:
-            wait.check(phase)
+            if not is_quiet or wait.waited_s > limit_s:
+                wait.check(phase)
         return task.result()
     finally:
         task.cancel()

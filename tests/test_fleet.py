@@ -33,6 +33,7 @@ from common.weights.snapshot import Manifest, Snapshot, hash_chunk, hash_of_chun
 from common.wire.codec import decode, encode
 from common.wire.messages import (
     ActorState,
+    EvaluationResult,
     Goodbye,
     GroupHeader,
     Hello,
@@ -71,6 +72,7 @@ class HandLearner:
         self.newest: Version | None = self.snapshot.version
         self.refuses = ""
         self.num_leases = 1_000_000
+        self.evaluation: Version | None = None
         self.heard: list[Message] = []
         self._context: zmq.Context[Any] = zmq.Context()
         self._weights = WeightServer(self._context, host="127.0.0.1", port=0, limits=LIMITS)
@@ -107,7 +109,10 @@ class HandLearner:
             return Refusal(reason="say hello first", is_final=False)
         if isinstance(message, WorkRequest):
             room = min(message.capacity, self.num_leases - self._num_granted) if message.serving else 0
-            return Work(newest=self.newest, leases=tuple(self._lease() for _ in range(room)))
+            leases = tuple(self._lease() for _ in range(room))
+            return Work(newest=self.newest, leases=leases, evaluation=self.evaluation)
+        if isinstance(message, EvaluationResult):
+            self.evaluation = None
         return Receipt(outcome=Outcome.COMMITTED)
 
     def _lease(self) -> Lease:
@@ -237,14 +242,14 @@ def make_bench(learner: HandLearner, tiny_model: Path, tmp_path: Path) -> Callab
 
 
 class ActorProcess:
-    """`chord-actor` with the simulated engine."""
+    """`chord-actor`, or another module, with the simulated engine."""
 
-    def __init__(self, learner: HandLearner, model: Path, folder: Path, **actor: Any) -> None:
+    def __init__(self, learner: HandLearner, model: Path, folder: Path, module: str = "actors", **actor: Any) -> None:
         config = write_config(
             folder, model, actor={"engine": "simulated", "max_groups_in_flight": 2, **actor},
             network={"port": learner.port, "host": "127.0.0.1"},
         )  # fmt: skip
-        command = [sys.executable, "-m", "actors", "--config", str(config), "--name", "actor-0"]
+        command = [sys.executable, "-m", module, "--config", str(config), "--name", "actor-0"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     def __enter__(self) -> "ActorProcess":
@@ -265,7 +270,7 @@ class ActorProcess:
 def test_a_drained_actor_ends_what_it_began_sends_it_and_says_goodbye(
     learner: HandLearner, tiny_model: Path, tmp_path: Path
 ) -> None:
-    with ActorProcess(learner, tiny_model, tmp_path, tokens_per_s=4.0, drain_s=60.0) as actor:
+    with ActorProcess(learner, tiny_model, tmp_path, tokens_per_s=8.0, drain_s=60.0) as actor:
         learner.wait_until(lambda: any(len(request.held) == 2 for request in learner.of(WorkRequest)))
         held = learner.of(WorkRequest)[-1].held
         actor.ask_to_stop()
@@ -289,6 +294,22 @@ def test_a_second_sigterm_ends_an_actor_at_once_and_gives_its_leases_back(
         code, said = actor.end()
     assert code == 0, said
     assert not learner.of(GroupHeader)
+    assert isinstance(learner.heard[-1], Goodbye)
+
+
+def test_a_drained_evaluator_ends_the_evaluation_that_it_began(
+    learner: HandLearner, tiny_model: Path, tmp_path: Path
+) -> None:
+    learner.evaluation = learner.newest
+    options = {"tokens_per_s": 8.0, "drain_s": 60.0}
+    with ActorProcess(learner, tiny_model, tmp_path, "actors.evaluator", **options) as evaluator:
+        learner.wait_until(lambda: ActorState.SERVING in learner.states)
+        evaluator.ask_to_stop()
+        code, said = evaluator.end()
+    assert code == 0, said
+    told = [state for state in learner.states if state is not ActorState.FITTING]
+    assert told == [ActorState.STARTING, ActorState.SERVING, ActorState.DRAINING]
+    assert [result.num_problems for result in learner.of(EvaluationResult)] == [8]
     assert isinstance(learner.heard[-1], Goodbye)
 
 

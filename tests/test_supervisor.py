@@ -23,7 +23,7 @@ watchdog.ready()
 signal.pause()
 """
 MUTE = "import signal; signal.pause()"
-FAILED = "import sys; print('the disk is on fire', file=sys.stderr); sys.exit(1)"
+FAILED = "import sys; print('chord-learner: the disk is on fire\\nUserWarning: so hot', file=sys.stderr); sys.exit(1)"
 REFUSED = "import sys; print('chord-actor: model.path: got nothing', file=sys.stderr); sys.exit(2)"
 
 
@@ -83,7 +83,9 @@ def test_crashes_are_answered_within_a_budget_and_say_why(supervise: Callable[..
     with pytest.raises(ComponentFailure, match=r"crashed 3 times within 300 s, expected at most 2 \(run.max_crashes\)"):
         news_of(supervisor, lambda _: bool(news.extend(supervisor.watch())))
     assert len(news) == 2
-    assert all("ended with exit code 1: starting it again (the disk is on fire)" in line for line in news)
+    assert all(
+        "ended with exit code 1: starting it again (chord-learner: the disk is on fire)" in line for line in news
+    )
     assert supervisor.num_restarts == 2
 
 

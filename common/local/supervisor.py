@@ -51,6 +51,8 @@ class Component:
     crashes: list[float] = field(default_factory=list[float])
     due: float | None = None
     """When it is to be started again, where it is down."""
+    log_start: int = 0
+    """Where in the log this process began, in bytes."""
 
     @property
     def is_running(self) -> bool:
@@ -65,6 +67,7 @@ class Component:
         self.signs.forget()
         self.heard_s, self.has_signed, self.due = now_s, False, None
         with self.log.open("ab") as log:
+            self.log_start = log.tell()
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 env={**QUIET_THREADS, **os.environ, "PYTHONUNBUFFERED": "1", NOTIFY_SOCKET: self.signs.address},
@@ -88,10 +91,13 @@ class Component:
                     process.kill()
             self.process.wait()
 
-    def last_line(self) -> str:
-        """The last line of its log."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        return next((line for line in reversed(lines) if line.strip()), "it wrote nothing")
+    def last_words(self) -> str:
+        """The line with which it ended, or else the last one of its log: libraries grumble even after the end."""
+        with self.log.open("rb") as log:
+            log.seek(self.log_start)
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        is_last_word = [line for line in lines if line.startswith("chord-") or " CRITICAL " in line]
+        return (is_last_word or lines or ["it wrote nothing"])[-1]
 
 
 class Supervisor:
@@ -137,7 +143,7 @@ class Supervisor:
             if component.is_running or code == 0:
                 continue
             if code == OPERATOR_ERROR:
-                raise OperatorError(component.last_line())
+                raise OperatorError(component.last_words())
             if component.due is None:
                 news.append(self._note_crash(component))
             if component.due is not None and time.monotonic() >= component.due:
@@ -169,14 +175,14 @@ class Supervisor:
         if num_crashes > run.max_crashes:
             raise ComponentFailure(
                 f"{component.name} crashed {num_crashes} times within {run.crash_window_s:.0f} s, expected at most "
-                f"{run.max_crashes} (run.max_crashes); see {component.log} ({component.last_line()})"
+                f"{run.max_crashes} (run.max_crashes); see {component.log} ({component.last_words()})"
             )
         delay_s = min(0.25 * 2 ** min(num_crashes - 2, 10), LONGEST_DELAY_S) if num_crashes > 1 else 0.0
         component.due = now + delay_s
         if code and code < 0:
             ended = f"signal {signal.Signals(-code).name}: starting it again"
         else:
-            ended = f"exit code {code}: starting it again ({component.last_line()})"
+            ended = f"exit code {code}: starting it again ({component.last_words()})"
         return f"{component.name} ended with {ended} (log: {component.log})"
 
     def stop(self, *, is_impatient: Callable[[], bool] = lambda: False) -> None:
