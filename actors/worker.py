@@ -194,8 +194,8 @@ class Worker:
         self._sampled_tokens += num_tokens
         receipt = await self._link.ask(header, Receipt, frames, phase=f"the receipt of lease {header.lease_id}")
         self._metrics.count_group(receipt.outcome, num_tokens=num_tokens)
-        if receipt.outcome is not Outcome.COMMITTED:
-            log.warning("lease %s: %s (%s)", header.lease_id, receipt.outcome, receipt.reason)
+        level = logging.DEBUG if receipt.outcome is Outcome.COMMITTED else logging.WARNING
+        log.log(level, "lease %s: %s %s", header.lease_id, receipt.outcome, receipt.reason)
 
     async def _report_failure(self, lease: Lease, reason: str) -> None:
         log.warning("lease %s failed: %s", lease.lease_id, reason)

@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 BIAS_STEPS = 64
 """What was sampled is compared with what was trained over the groups of so many steps."""
-STEP_S = 1200.0
-"""Longest time that other ranks grant rank 0 beyond its waits: a step, a checkpoint, a snapshot."""
 
 
 @dataclass
@@ -47,7 +45,7 @@ class Conductor:
         device = prepare_device(config)
         learner = config.learner
         longest_wait_s = max(learner.start_timeout_s, learner.group_timeout_s, learner.eval_timeout_s)
-        self._ranks = Ranks(device, timeout_s=longest_wait_s + STEP_S)
+        self._ranks = Ranks(device, timeout_s=longest_wait_s + learner.step_timeout_s)
         self._host = Host(config) if self._ranks.is_first else None
         self._stop_on_signals()
         self._trainer = Trainer(config, self._ranks, device)
