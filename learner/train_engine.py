@@ -22,6 +22,9 @@ from learner.policy_model import PolicyModel
 from learner.ranks import Ranks
 
 
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is fixed in the objective for a whole run."""
@@ -58,6 +61,9 @@ class TrainEngine:
     ) -> None:
         import deepspeed
 
+        # Not compiled at the first start: a learner that is killed meanwhile leaves a lock for which every later one
+        # waits for ever, and it speeds up inference only.
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
         self._objective = objective
         self._ranks = ranks
         self._device = device
