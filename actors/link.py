@@ -67,6 +67,8 @@ class LearnerLink:
         self._has_room = asyncio.Event()
         self._heard_at = time.monotonic()
         self._is_silent = False
+        self._end: Refusal | None = None
+        """The final refusal of our key: libzmq does not connect again after it."""
         self.welcome: Welcome | None = None
         """The learner's last welcome; None until the first, and after it was lost until it has greeted again."""
         self._tasks = [
@@ -130,6 +132,8 @@ class LearnerLink:
             context |= {"run_id": self.welcome.run_id, "incarnation": self.welcome.incarnation}
         encoded = encode(message.model_copy(update=context), frames)
         self._pending[request_id] = question = Question(asyncio.get_running_loop().create_future())
+        if self._end:
+            question.answer.set_result(self._end)
         sent_at = float("-inf")
         try:
             while True:
@@ -168,15 +172,17 @@ class LearnerLink:
     async def _watch_connection(self) -> None:
         """On a lost connection let everyone greet and send again: what was under way may not have arrived."""
         while True:
-            event, value = struct.unpack("=hi", (await self._monitor.recv_multipart())[0])
+            (event,) = struct.unpack_from("=h", (await self._monitor.recv_multipart())[0])
             if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                name = key_name_of(self._hello.peer_id)
-                log.warning("the learner at %s does not allow the key %s (status %d)", self.address, name, value)
-            elif event == zmq.EVENT_DISCONNECTED:
-                self.welcome = None
-                for question in self._pending.values():
-                    if not question.answer.done():
-                        question.answer.set_result(LOST)
+                self._end = Refusal(
+                    reason=f"network.keys: the learner at {self.address} does not allow the key "
+                    f"{key_name_of(self._hello.peer_id)}, expected it among those that it allows (chord-keys allow)",
+                    is_final=True,
+                )
+            self.welcome = None
+            for question in self._pending.values():
+                if not question.answer.done():
+                    question.answer.set_result(self._end or LOST)
 
     async def _watch_silence(self) -> None:
         """Say once that the learner is silent, and once that it is back."""

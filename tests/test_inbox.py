@@ -16,6 +16,8 @@ import zmq
 from actors.link import LearnerLink
 from common.config.schema import Network
 from common.errors import OperatorError, WaitTimeout
+from common.keys.allowed import ServerKeys
+from common.keys.folder import PeerKeys
 from common.trajectory import NOT_SAMPLED, Trajectory, TrajectoryGroup
 from common.version import Version
 from common.wire.codec import Buffer, decode, encode
@@ -55,21 +57,30 @@ class Learner:
     """Ledger and inbox of a learner whose policy is at version 0, in this process."""
 
     def __init__(
-        self, folder: Path, *, port: int = 0, lease_s: float = 60.0, seed: int = 0, max_connections: int = 99
+        self,
+        folder: Path,
+        *,
+        port: int = 0,
+        lease_s: float = 60.0,
+        seed: int = 0,
+        max_connections: int = 99,
+        keys: Path | None = None,
+        silence_s: float = SILENCE_S,
     ) -> None:
         self.ledger = Ledger(folder / "ledger.sqlite", groups_per_step=4, max_staleness=0)
         self.newest = Version(run_id=self.ledger.run_id, incarnation=self.ledger.incarnation, step=0, hash="ab" * 16)
         self.evaluations: list[EvaluationResult] = []
         self._context: zmq.Context[Any] = zmq.Context()
+        self.keys = ServerKeys(self._context, str(keys)) if keys else None
         self.listener = Listener(
             self._context, zmq.ROUTER, host="127.0.0.1", port=port, purpose="actors", limits=LIMITS,
-            bounds=Bounds(max_connections, 4 * MAX_BYTES),
+            bounds=Bounds(max_connections, 4 * MAX_BYTES), keys=self.keys,
         )  # fmt: skip
         self.port = self.listener.port
         self.inbox = Inbox(
             self.listener,
             self.ledger,
-            door=Door("agreed", 1111, 2222, MAX_BYTES, max_round_bytes=4 * MAX_BYTES, silence_s=SILENCE_S),
+            door=Door("agreed", 1111, 2222, MAX_BYTES, max_round_bytes=4 * MAX_BYTES, silence_s=silence_s),
             terms=LeaseTerms(group_size=2, temperature=1.0, max_tokens=8, seed=seed, lease_s=lease_s),
             vocab_size=100,
             newest=lambda: self.newest,
@@ -87,6 +98,8 @@ class Learner:
     def close(self) -> None:
         """Returns when the port is free."""
         self.inbox.close()
+        if self.keys:
+            self.keys.close()
         self._context.term()
         self.ledger.close()
 
@@ -94,10 +107,10 @@ class Learner:
 class Peer:
     """An actor written out by hand: a DEALER, and what it would say."""
 
-    def __init__(self, learner: Learner, name: str, process: int) -> None:
+    def __init__(self, learner: Learner, name: str, process: int, keys: PeerKeys | None = None) -> None:
         self.name, self.session, self.learner = name, f"{name}-{process}", learner
         self._context: zmq.Context[Any] = zmq.Context()
-        self.socket = open_socket(self._context, zmq.DEALER, LIMITS)
+        self.socket = open_socket(self._context, zmq.DEALER, LIMITS, keys)
         self.socket.setsockopt(zmq.ROUTING_ID, hello(name, self.session).routing_id)
         self.socket.connect(f"tcp://127.0.0.1:{learner.port}")
 
@@ -176,8 +189,8 @@ def meet() -> Iterator[Callable[..., Peer]]:
     """Makes peers that are closed after the test."""
     met: list[Peer] = []
 
-    def meet_(learner: Learner, name: str = "a", process: int = 1) -> Peer:
-        met.append(Peer(learner, name, process))
+    def meet_(learner: Learner, name: str = "a", process: int = 1, keys: PeerKeys | None = None) -> Peer:
+        met.append(Peer(learner, name, process, keys))
         return met[-1]
 
     yield meet_

@@ -29,6 +29,8 @@ MAX_KEPT = 4
 MAX_REQUEST_BYTES = 64 << 10
 MAX_WAITING_BYTES = 1 << 20
 """Requests of one peer that wait to be answered."""
+TRACKED_BYTES = 64 << 10
+"""Smaller replies are copied by ZeroMQ, and not followed."""
 MAX_UNSENT_BYTES = 64 << 20
 """Chunks handed to ZeroMQ that no peer has taken yet; no request is answered while there are more."""
 STALL_S = 2.0
@@ -176,7 +178,7 @@ class WeightServer:
             return
         with suppress(zmq.ZMQError):  # the peer has gone or does not read; it asks again if it lives
             reply, num_bytes = [arrival.routing_id, header, *data], sum(map(len, data))
-            if num_bytes <= MAX_REQUEST_BYTES:
+            if num_bytes < TRACKED_BYTES:
                 self.requests.send(reply)
             else:
                 tracker = self.requests.send(reply, copy=False, track=True)
@@ -192,7 +194,8 @@ class WeightServer:
     def _has_room(self) -> bool:
         """Whether more chunks may go out; shows those out who asked for the oldest and take nothing."""
         now = time.monotonic()
-        still = deque(unsent for unsent in self._unsent if not unsent.tracker.done)
+        # What was meant for a closed connection is let go of only when its own requests have been read to the end.
+        still = deque(unsent for unsent in self._unsent if unsent.connection.is_open and not unsent.tracker.done)
         if len(still) < len(self._unsent):
             self._taken_at = now
         self._unsent = still

@@ -87,8 +87,10 @@ class Connection:
         return struct.unpack_from("=Q", info, TCPI_BYTES_RECEIVED)[0] if len(info) >= TCPI_BYTES_RECEIVED + 8 else 0
 
     def shut_down(self) -> None:
+        """Its end is a reset: the kernel keeps nothing of it for later."""
         if self.socket:
             with suppress(OSError):  # the peer was faster
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.socket.shutdown(socket.SHUT_RDWR)
 
     def forget(self) -> None:

@@ -24,7 +24,7 @@ from common.wire.sockets import SocketLimits, bind, open_socket
 
 log = logging.getLogger(__name__)
 
-EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_MONITOR_STOPPED
 WATCH_S = 0.05
 """Between two looks at every connection; a flood grows for this long at most before it is noticed."""
 SAY_S = 5.0
@@ -70,6 +70,8 @@ class Listener:
         self._connections = Connections(self.port, bounds)
         self.refusals: Counter[str] = Counter()
         """Refused messages by kind of fault."""
+        self._ending = Closing.HANDSHAKE
+        """Why the next newcomer to end ends: libzmq names the reason first, then the connection."""
         self._said: dict[str, tuple[float, int]] = {}
         self._thread = threading.Thread(target=self._watch, name=f"guard {purpose}", daemon=True)
         self._thread.start()
@@ -162,7 +164,6 @@ class Listener:
 
     def _hear_events(self, *, until: float) -> bool:
         """Take over what libzmq reports, for a bounded time; False at the end."""
-        reason = Closing.HANDSHAKE
         while time.monotonic() < until and self._monitor.poll(0):
             event, value = struct.unpack("=hi", self._monitor.recv_multipart()[0])
             if event == zmq.EVENT_MONITOR_STOPPED:
@@ -170,11 +171,11 @@ class Listener:
             if event == zmq.EVENT_ACCEPTED:
                 self._connections.accept(value)
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                reason = Closing.AUTHENTICATION
-                self._say(reason, "closed a connection: its key is not allowed (see chord-keys list)")
+                self._ending = Closing.AUTHENTICATION
+                self._say(self._ending, "closed a connection: its key is not allowed (see chord-keys list)")
             else:
-                self._connections.end(value, reason)
-                reason = Closing.HANDSHAKE
+                self._connections.end(value, self._ending)
+                self._ending = Closing.HANDSHAKE
         return True
 
     def _look(self) -> None:

@@ -10,7 +10,7 @@ from common.errors import OperatorError
 from common.keys.folder import PeerKeys
 
 MAX_QUEUED_MESSAGES = 64
-"""High-water mark of a connection. It counts messages; bytes are bounded elsewhere (see common.wire.connections)."""
+"""High-water mark of what waits to be sent by one connection. It counts messages, not bytes."""
 
 SPARE_DESCRIPTORS = 4096
 """Open files beside those of counted connections: a flood is accepted before it is turned away."""
@@ -33,7 +33,9 @@ def open_socket(context: "zmq.Context[Any]", kind: int, limits: SocketLimits, ke
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
-    socket.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
+    # No mark on this side: where libzmq has stopped reading and the connection breaks, its next heartbeat aborts the
+    # process (4.3.5: `!_io_error` in stream_engine_base). Bytes are bounded instead: see common.wire.connections.
+    socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, limits.max_frame_bytes)
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(limits.heartbeat_s * 1000))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(max(limits.silence_s - limits.heartbeat_s, limits.heartbeat_s) * 1000))
