@@ -35,10 +35,11 @@ def actor(
     from common.wire.messages import Role
 
     require_model_folder(resolved.model.path)
-    check_address(resolved)
-    start_logging(name or "actor")
+    name = name or default_name(Role.ACTOR, resolved.network.keys)
+    check_address(resolved, name)
+    start_logging(name)
     with RunDir(Path(resolved.run.dir)).explains_bad_disk():
-        asyncio.run(run_actor(resolved, name or default_name(Role.ACTOR)))
+        asyncio.run(run_actor(resolved, name))
 
 
 async def run_actor(config: Config, name: str) -> None:
@@ -63,6 +64,7 @@ async def run_actor(config: Config, name: str) -> None:
         parts.engine,
         config.network,
         folder,
+        name=name,
         in_flight=config.actor.swap == "in_flight",
         welcome=lambda: link.welcome,
     )

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import zmq.asyncio
 
 from actors.engine import Engine
 from common.config.schema import Network
+from common.keys.folder import peer_keys
 from common.version import Version
 from common.weights.client import FetchCancelled, VersionGone, WeightClient
 from common.weights.snapshot import Snapshot
@@ -41,10 +43,11 @@ class Fitter:
         network: Network,
         folder: Path,
         *,
+        name: str,
         in_flight: bool,
         welcome: Callable[[], Welcome | None],
     ) -> None:
-        """`welcome` tells where the learner's weights are now; None while it is not known."""
+        """`name` is the peer's; `welcome` tells where the learner's weights are now; None while it is not known."""
         self._welcome = welcome
         self._engine = engine
         self._network = network
@@ -52,6 +55,7 @@ class Fitter:
         self._in_flight = in_flight
         self.on_loaded: Callable[[], None] = lambda: None
         """Called after every load."""
+        self._keys = peer_keys(network.keys, name)
         self._limits = SocketLimits(network.heartbeat_s, network.silence_s, network.max_message_bytes)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
         self._client: WeightClient | None = None
@@ -138,6 +142,7 @@ class Fitter:
                 credit=self._network.chunk_credit,
                 timeout_s=self._network.learner_timeout_s,
                 retry_s=self._network.request_timeout_s,
+                keys=self._keys,
             )
         snapshot = self._client.fetch(version, lambda: self._is_wanted(port))
         self.received_bytes = self._client.received_bytes
@@ -172,7 +177,8 @@ class Fitter:
                 socket.close()
 
     def _subscribe(self, port: int) -> Any:
-        socket = open_socket(zmq.asyncio.Context.instance(), zmq.SUB, self._limits)
+        limits = replace(self._limits, max_frame_bytes=MAX_ANNOUNCEMENT_BYTES)
+        socket = open_socket(zmq.asyncio.Context.instance(), zmq.SUB, limits, self._keys)
         socket.setsockopt(zmq.SUBSCRIBE, b"")
         socket.connect(f"tcp://{self._network.host}:{port}")
         return socket

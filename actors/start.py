@@ -28,6 +28,7 @@ from common.chat import Chat
 from common.command import run_command
 from common.config.schema import Config, EngineKind
 from common.errors import ComponentFailure, OperatorError
+from common.keys.folder import only_peer_name, peer_keys
 from common.metrics import serve_metrics
 from common.wire.messages import Goodbye, Hello, Receipt, Role
 
@@ -68,10 +69,13 @@ def make_hello(config: Config, *, name: str, role: Role, engine: Engine) -> Hell
     )
 
 
-def default_name(role: Role) -> str:
-    """Differs between processes even where hosts and process numbers are alike, as in containers."""
-    host = re.sub(r"[^A-Za-z0-9_.-]+", "-", socket.gethostname())[-30:]
-    return f"{role}-{host}-{secrets.token_hex(3)}"
+def default_name(role: Role, keys: str) -> str:
+    """Differs between processes even where hosts and process numbers are alike, as in containers.
+
+    With a folder of `keys` it is a name that the one key there speaks for. Raises OperatorError where there are more.
+    """
+    host = re.sub(r"[^A-Za-z0-9_-]+", "-", socket.gethostname())[-14:]
+    return f"{only_peer_name(keys) + '.' if keys else ''}{role}-{host}-{secrets.token_hex(3)}"[:64]
 
 
 def serve_peer_metrics(registry: CollectorRegistry, *, host: str, port: int, key: str) -> None:
@@ -79,8 +83,9 @@ def serve_peer_metrics(registry: CollectorRegistry, *, host: str, port: int, key
     log.info("metrics: http://%s:%d/metrics", host, found)
 
 
-def check_address(config: Config) -> None:
-    """Raises OperatorError where the configuration does not say where the learner is."""
+def check_address(config: Config, name: str) -> None:
+    """Raises OperatorError where the configuration does not say where the learner is, or `name` has no key."""
+    peer_keys(config.network.keys, name)
     if config.network.port == 0:
         raise OperatorError("network.port: got 0, expected the port that the learner listens on")
 

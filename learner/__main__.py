@@ -18,6 +18,7 @@ from common.command import (
 )
 from common.config.schema import Config
 from common.errors import OperatorError
+from common.keys.folder import check_server_keys
 from common.model_folder import require_model_folder
 from common.run_dir import RunDir
 
@@ -71,6 +72,7 @@ def learner(
 def _check_paths(config: Config, *, resume: bool) -> None:
     """What can be known to be wrong before anything heavy is imported."""
     require_model_folder(config.model.path)
+    check_server_keys(config.network.keys)
     checkpoints = os.path.join(config.run.dir, "checkpoints")
     if resume and not (os.path.isdir(checkpoints) and os.listdir(checkpoints)):
         raise OperatorError(f"--resume: {checkpoints} holds no checkpoint, expected one")

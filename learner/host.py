@@ -11,15 +11,18 @@ import zmq
 from common.chat import Chat
 from common.config.schema import Config
 from common.errors import OperatorError
+from common.keys.allowed import ServerKeys
 from common.metrics import serve_metrics
 from common.run_dir import RunDir
 from common.watchdog import Watchdog
 from common.weights.server import WeightServer
-from common.wire.sockets import SocketLimits, bind, open_socket
+from common.wire.connections import MAX_NEWCOMERS, Bounds
+from common.wire.listener import Listener
+from common.wire.sockets import SocketLimits, reserve_descriptors
 from learner.expert.store import ExpertStore
 from learner.inbox import Door, Inbox, LeaseTerms
 from learner.ledger.ledger import Ledger
-from learner.metrics import RefusalCollector
+from learner.metrics import GuardCollector
 from learner.publisher import Publisher
 from learner.recorder import Recorder
 from learner.source import Source, Stopped
@@ -28,6 +31,7 @@ from learner.step_rows import StepReader, open_experts
 
 log = logging.getLogger(__name__)
 
+NUM_LISTENERS = 3
 FAREWELL_S = 15.0
 """Longest wait at the end for peers to leave."""
 
@@ -80,14 +84,27 @@ class Host:
         config, network = self._config, self._config.network
         limits = SocketLimits(network.heartbeat_s, network.silence_s, network.max_message_bytes)
         context = zmq.Context.instance()
-        socket = open_socket(context, zmq.ROUTER, limits)
-        self.port = bind(socket, network.host, network.port, "actors")
+        reserve_descriptors(NUM_LISTENERS * 2 * (network.max_connections + MAX_NEWCOMERS))
+        self._keys = ServerKeys(context, network.keys) if network.keys else None
+        listener = Listener(
+            context,
+            zmq.ROUTER,
+            host=network.host,
+            port=network.port,
+            purpose="actors",
+            limits=limits,
+            bounds=Bounds(network.max_connections, network.max_unacknowledged_bytes),
+            keys=self._keys,
+        )
+        self.port = listener.port
         self.server = WeightServer(
             context,
             host=network.host,
             port=network.weights_port,
             limits=limits,
             announcements_port=network.announcements_port,
+            max_connections=network.max_connections,
+            keys=self._keys,
         )
         self.publisher = Publisher(
             self.run_dir.weights("learner"),
@@ -98,7 +115,14 @@ class Host:
             last_step=config.learner.num_steps,
             chunk_bytes=network.chunk_bytes,
         )
-        door = Door(config.agreement_hash, self.server.port, self.server.announcements_port, network.max_message_bytes)
+        door = Door(
+            config.agreement_hash,
+            self.server.port,
+            self.server.announcements_port,
+            max_message_bytes=network.max_message_bytes,
+            max_round_bytes=network.max_unacknowledged_bytes,
+            silence_s=network.silence_s,
+        )
         terms = LeaseTerms(
             config.algorithm.group_size,
             config.sampling.temperature,
@@ -107,7 +131,7 @@ class Host:
             network.lease_s,
         )
         self.inbox = Inbox(
-            socket,
+            listener,
             self.ledger,
             door=door,
             terms=terms,
@@ -119,7 +143,7 @@ class Host:
             watch=self.watchdog.watch("the learner's inbox", limit_s=config.run.watchdog_s),
         )
         registry = self.recorder.prometheus.registry
-        registry.register(RefusalCollector(self.inbox.refusals))
+        registry.register(GuardCollector([listener, self.server.requests, self.server.announcements]))
         learner = config.learner
         port = serve_metrics(registry, host=learner.metrics_host, port=learner.metrics_port, key="learner.metrics_port")
         log.info(
@@ -181,6 +205,8 @@ class Host:
         self._board.close()
         self.inbox.close()
         self.server.close()
+        if self._keys:
+            self._keys.close()
         self.ledger.close()
 
     def _status(self) -> dict[str, Any]:

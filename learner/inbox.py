@@ -14,11 +14,15 @@ from typing import Any
 
 import zmq
 
+from common.keys.folder import key_name_of
 from common.version import Version
 from common.watchdog import Watch
 from common.wire.codec import Buffer, ProtocolMismatch, WireError, decode, encode
+from common.wire.connections import Closing
 from common.wire.groups import GroupLimits, read_group, to_blob
+from common.wire.listener import Arrival, Listener
 from common.wire.messages import (
+    ActorState,
     EvaluationResult,
     Goodbye,
     GroupHeader,
@@ -41,6 +45,8 @@ log = logging.getLogger(__name__)
 
 MAX_ROUND = 256
 """Messages handled under one commit at most."""
+MAX_REFUSED_GROUPS = 3
+"""Of one peer in a row; then it is sent away, so that a broken one does not use up the prompts' leases."""
 POLL_MS = 200
 MAX_SEED = 2**53
 """Seeds of leases lie below it, whatever run.seed is; a message carries no larger number."""
@@ -65,18 +71,26 @@ class Door:
     weights_port: int
     announcements_port: int
     max_message_bytes: int
+    max_round_bytes: int
+    """Bytes handled under one commit, but for the last message."""
+    silence_s: float
+    """A peer not heard for longer is gone; another process may have its name."""
+
+
+class NotYourName(Exception):
+    """A peer spoke for another than its key speaks for."""
 
 
 class Inbox:
-    """Owns the ROUTER socket and its thread."""
+    """Owns the front door and its thread."""
 
     def __init__(
-        self, socket: "zmq.Socket[bytes]", ledger: Ledger, *, door: Door, terms: LeaseTerms, vocab_size: int,
+        self, listener: Listener, ledger: Ledger, *, door: Door, terms: LeaseTerms, vocab_size: int,
         newest: Callable[[], Version | None], is_published: Callable[[Version], bool],
         evaluation: Callable[[], Version | None], on_evaluation: Callable[[EvaluationResult], Outcome],
         watch: Watch | None = None,
     ) -> None:  # fmt: skip
-        self._socket = socket
+        self._listener = listener
         self._ledger = ledger
         self._door = door
         self._terms = terms
@@ -87,7 +101,7 @@ class Inbox:
         self._on_evaluation = on_evaluation
         self._watch = watch
         self.peers = Peers()
-        self.refusals: dict[str, int] = {}
+        self.refusals = listener.refusals
         """Refused messages by kind of fault."""
         self.received_bytes = 0
         self.grants_leases = False
@@ -112,10 +126,12 @@ class Inbox:
                     self._watch.beat()
                 arrived = self._drain()
                 with self._ledger.transaction():
-                    replies = [reply for peer, frames in arrived if (reply := self._handle(peer, frames))]
-                    self._expire_silent()
+                    replies = [reply for arrival in arrived if (reply := self._handle(arrival))]
+                    self._mind_the_silent()
                 for reply in replies:
                     self._send(reply)
+                for arrival in arrived:
+                    self._listener.settle(arrival)
         except Exception as error:  # nobody else would notice that the door is shut
             self.failure = error
             with self._ledger.changed:
@@ -123,49 +139,67 @@ class Inbox:
         finally:
             if self._watch:
                 self._watch.rest()  # a failure that is stored ends with its own line
-            self._socket.close()
+            self._listener.close()
 
-    def _drain(self) -> list[tuple[bytes, list[bytes]]]:
-        arrived: list[tuple[bytes, list[bytes]]] = []
-        timeout = POLL_MS
-        while len(arrived) < MAX_ROUND and self._socket.poll(timeout):
-            peer, *frames = self._socket.recv_multipart()
-            self.received_bytes += sum(len(frame) for frame in frames)
-            arrived.append((peer, frames))
+    def _drain(self) -> list[Arrival]:
+        arrived: list[Arrival] = []
+        num_bytes, timeout = 0, POLL_MS
+        for _ in range(MAX_ROUND):
+            if num_bytes > self._door.max_round_bytes or not self._listener.poll(timeout):
+                break
             timeout = 0
+            if arrival := self._listener.receive():
+                num_bytes += arrival.num_bytes
+                arrived.append(arrival)
+        self.received_bytes += num_bytes
         return arrived
 
     def _send(self, frames: list[Buffer]) -> None:
         try:
-            self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
+            self._listener.send(frames)
         except zmq.ZMQError:
-            log.info("a reply to %s was not delivered: it will ask again", bytes(frames[0]).decode(errors="replace"))
+            log.debug("a reply to %s was not delivered: it will ask again", bytes(frames[0]).decode(errors="replace"))
 
-    def _handle(self, routing_id: bytes, frames: list[bytes]) -> list[Buffer] | None:
+    def _handle(self, arrival: Arrival) -> list[Buffer] | None:
+        """The reply; None to a peer that is shown out."""
         try:
-            envelope = decode(frames, max_bytes=self._door.max_message_bytes)
-            reply = self._answer(routing_id, envelope.message, envelope.frames)
+            envelope = decode(arrival.frames, max_bytes=self._door.max_message_bytes)
+            reply = self._answer(arrival, envelope.message, envelope.frames)
             request_id = envelope.message.request_id
+        except ProtocolMismatch as error:
+            self._listener.refuse("protocol", str(error))
+            reply, request_id = Refusal(reason=str(error)[:500], is_final=True), 0
         except WireError as error:
-            kind = type(error).__name__
-            self.refusals[kind] = self.refusals.get(kind, 0) + 1
-            log.warning("refused a message of %s: %s", routing_id.decode(errors="replace")[:64], error)
-            reply = Refusal(reason=str(error)[:500], is_final=isinstance(error, ProtocolMismatch))
-            request_id = 0
-        if reply is None:
+            self._listener.refuse("malformed", str(error))
+            self._listener.expel(
+                arrival.connection, Closing.MALFORMED, f"{arrival.key_name or 'it'} sent what no peer sends"
+            )
             return None
+        except NotYourName as error:
+            self._listener.refuse("identity", str(error))
+            self._listener.expel(arrival.connection, Closing.IDENTITY, str(error))
+            return None
+        if not isinstance(reply, Refusal):
+            self._listener.admit(arrival.connection)
         header = reply.model_copy(
             update={"run_id": self._ledger.run_id, "incarnation": self._ledger.incarnation, "request_id": request_id}
         )
-        return [routing_id, *encode(header)]
+        return [arrival.routing_id, *encode(header)]
 
-    def _answer(self, routing_id: bytes, message: Message, frames: Any) -> Message | None:
+    def _answer(self, arrival: Arrival, message: Message, frames: Any) -> Message:
+        """Raises WireError or NotYourName where the sender is to be shown out."""
+        if not arrival.connection.is_admitted and self._listener.is_full:
+            self._listener.refuse("full", "network.max_connections peers are served")
+            return Refusal(reason="the learner serves network.max_connections peers already", is_final=False)
         if isinstance(message, Hello):
-            return self._welcome(routing_id, message)
-        peer = self.peers.get(routing_id)
+            return self._welcome(arrival, message)
+        peer = self.peers.get(arrival.routing_id)
+        if peer:
+            check_name(arrival, peer.peer_id)
         if peer is None or message.incarnation != self._ledger.incarnation or message.run_id != self._ledger.run_id:
             return Refusal(reason="unknown peer: say hello first", is_final=False)
         peer.last_heard = time.monotonic()
+        peer.connection = arrival.connection
         match message:
             case GroupHeader() if not self.grants_leases:
                 return Refusal(reason="the learner replays its last steps", is_final=False)
@@ -173,9 +207,10 @@ class Inbox:
                 return self._work(peer, message)
             case GroupHeader() | LeaseFailure() if not self._ledger.was_issued_to(message.lease_id, peer.peer_id):
                 reason = f"lease {message.lease_id} was not issued to {peer.peer_id}"
+                self._listener.refuse("lease", reason)
                 return Receipt(outcome=Outcome.REFUSED, reason=reason)
             case GroupHeader():
-                return self._commit(message, frames)
+                return self._commit(peer, message, frames)
             case LeaseFailure():
                 log.warning("%s failed on lease %s: %s", peer.peer_id, message.lease_id, message.reason)
                 self._ledger.expire_lease(message.lease_id)
@@ -183,19 +218,28 @@ class Inbox:
             case EvaluationResult():
                 return Receipt(outcome=self._on_evaluation(message))
             case Goodbye():
-                return self._part(routing_id, message)
+                return self._part(peer, message)
             case _:
                 raise WireError(f"got {type(message).__name__}, expected a request of an actor or evaluator")
 
-    def _welcome(self, routing_id: bytes, hello: Hello) -> Message:
+    def _welcome(self, arrival: Arrival, hello: Hello) -> Message:
+        check_name(arrival, hello.peer_id)
+        if arrival.routing_id != hello.routing_id:
+            raise WireError(f"hello: got another routing id, expected {hello.peer_id}/SESSION")
         if hello.config_hash != self._door.config_hash:
             reason = (
                 f"configuration: {hello.peer_id} has hash {hello.config_hash}, expected {self._door.config_hash}: "
                 "give it the learner's sampling, environment, algorithm, run.seed and eval values"
             )
             return Refusal(reason=reason, is_final=True)
-        earlier = self.peers.join(routing_id, hello)
-        if earlier:
+        if found := self.peers.rival_of(hello, silence_s=self._door.silence_s):
+            holder, wanted_s = found
+            is_final = wanted_s > 2 * self._door.silence_s
+            heard = f"{hello.peer_id} was heard {holder.silence_s:.1f} s ago from another process"
+            return Refusal(
+                reason=f"{heard}, expected a --name of its own" if is_final else f"{heard}: not yet", is_final=is_final
+            )
+        if earlier := self.peers.join(hello, arrival.connection):
             self._ledger.expire(earlier)
         log.info("%s %s joined (%s engine)", hello.role, hello.peer_id, hello.engine)
         return Welcome(
@@ -230,16 +274,15 @@ class Inbox:
             max_tokens=terms.max_tokens, seed=(terms.seed * 1_000_003 + group_id) * terms.group_size % MAX_SEED,
         )  # fmt: skip
 
-    def _commit(self, header: GroupHeader, frames: Any) -> Message:
+    def _commit(self, peer: Peer, header: GroupHeader, frames: Any) -> Message:
         newest = self._newest()
         limits = GroupLimits(self._vocab_size, self._terms.group_size, newest.step if newest else 0)
         try:
             group = read_group(header, frames, limits)
         except WireError as error:
             self._ledger.expire_lease(header.lease_id)
-            self.refusals["group"] = self.refusals.get("group", 0) + 1
-            log.warning("refused a group: %s", error)
-            return Receipt(outcome=Outcome.REFUSED, reason=str(error)[:500])
+            return self._refuse_group(peer, error)
+        peer.num_refused_groups = 0
         outcome, reason = self._ledger.commit(
             header.lease_id,
             to_blob(header, frames),
@@ -253,15 +296,39 @@ class Inbox:
         )
         return Receipt(outcome=outcome, reason=reason)
 
-    def _part(self, routing_id: bytes, goodbye: Goodbye) -> Message:
-        peer = self.peers.leave(routing_id)
-        if peer:
-            self._ledger.expire(peer.session)
-            log.info("%s left: %s", peer.peer_id, goodbye.reason or "no reason given")
+    def _refuse_group(self, peer: Peer, error: WireError) -> Message:
+        self._listener.refuse("group", f"{peer.peer_id}: {error}")
+        peer.num_refused_groups += 1
+        if peer.num_refused_groups < MAX_REFUSED_GROUPS:
+            return Receipt(outcome=Outcome.REFUSED, reason=str(error)[:500])
+        self.peers.leave(peer)
+        self._ledger.expire(peer.session)
+        reason = f"{peer.peer_id}: {MAX_REFUSED_GROUPS} groups in a row were refused, the last for {error}"
+        log.error("%s: it is sent away", reason)
+        return Refusal(reason=reason[:500], is_final=True)
+
+    def _part(self, peer: Peer, goodbye: Goodbye) -> Message:
+        self.peers.leave(peer)
+        self._ledger.expire(peer.session)
+        log.info("%s left: %s", peer.peer_id, goodbye.reason or "no reason given")
         return Receipt(outcome=Outcome.COMMITTED)
 
-    def _expire_silent(self) -> None:
-        for routing_id, peer in self.peers.silent(self._terms.lease_s):
-            self.peers.leave(routing_id)
+    def _mind_the_silent(self) -> None:
+        """Say who is gone, and give back the leases of those who stay away."""
+        for peer in self.peers.silent(self._door.silence_s):
+            if peer.state is not ActorState.GONE:
+                peer.state = ActorState.GONE
+                log.warning(
+                    "%s is gone: silence of %.1f s, expected a request every second; its leases are issued again in "
+                    "%.0f s", peer.peer_id, peer.silence_s, max(self._terms.lease_s - peer.silence_s, 0),
+                )  # fmt: skip
+        for peer in self.peers.silent(self._terms.lease_s):
+            self.peers.leave(peer)
             given_back = self._ledger.expire(peer.session)
             log.warning("%s silent for %.0f s: %d leases given back", peer.peer_id, peer.silence_s, given_back)
+
+
+def check_name(arrival: Arrival, peer_id: str) -> None:
+    """Raises NotYourName."""
+    if arrival.key_name is not None and arrival.key_name != key_name_of(peer_id):
+        raise NotYourName(f"key {arrival.key_name} spoke for {peer_id}, expected {arrival.key_name} or a name below it")

@@ -1,11 +1,14 @@
 """The learner's Prometheus metrics; their values come from the step record and the inbox."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter as Tally
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from common.wire.listener import Listener
 
 GAUGES = {
     "step": ("chord_learner_step", "Optimizer steps completed."),
@@ -28,17 +31,24 @@ GAUGES = {
 """Field of the step record → name and help."""
 
 
-class RefusalCollector(Collector):
-    """Counts of refused messages, read from the inbox when they are scraped."""
+class GuardCollector(Collector):
+    """What the learner's listening sockets refused and closed, read from them when they are scraped."""
 
-    def __init__(self, refusals: Mapping[str, int]) -> None:
-        self._refusals = refusals
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self._listeners = listeners
 
-    def collect(self) -> Iterable[CounterMetricFamily]:
-        family = CounterMetricFamily("chord_messages_refused", "Messages refused, by fault.", labels=["fault"])
-        for fault, count in dict(self._refusals).items():
-            family.add_metric([fault], count)
-        return [family]
+    def collect(self) -> Iterable[Metric]:
+        refused = CounterMetricFamily("chord_messages_refused", "Messages refused, by fault.", labels=["fault"])
+        closed = CounterMetricFamily("chord_connections_closed", "Connections shut, by reason.", labels=["reason"])
+        for family, tallies in (
+            (refused, [listener.refusals for listener in self._listeners]),
+            (closed, [listener.closings for listener in self._listeners]),
+        ):
+            for name, count in sum(map(Tally, map(dict, tallies)), Tally[str]()).items():
+                family.add_metric([name], count)
+        present = GaugeMetricFamily("chord_connections", "Connections to the learner's ports.")
+        present.add_metric([], sum(listener.num_connections for listener in self._listeners))
+        return [refused, closed, present]
 
 
 class LearnerMetrics:

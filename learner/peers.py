@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
+from common.wire.connections import Connection
 from common.wire.messages import ActorState, Hello, Role, WorkRequest
 
 
@@ -14,6 +15,8 @@ class Peer:
     session: str
     role: Role
     engine: str
+    connection: Connection
+    """The one that it was last heard by."""
     state: ActorState = ActorState.STARTING
     serving_step: int | None = None
     """None while it serves no announced weights."""
@@ -21,6 +24,10 @@ class Peer:
     idle_s: float = 0.0
     first_heard: float = field(default_factory=time.monotonic)
     last_heard: float = field(default_factory=time.monotonic)
+    num_refused_groups: int = 0
+    """Since its last good one."""
+    rival: tuple[str, float] | None = None
+    """Session of another process that wants its name, and since when."""
 
     @property
     def silence_s(self) -> float:
@@ -28,24 +35,42 @@ class Peer:
 
 
 class Peers:
-    """By the ZeroMQ routing id that each peer set for itself."""
+    """By name: one process at a time has it."""
 
     def __init__(self) -> None:
-        self._peers: dict[bytes, Peer] = {}
+        self._peers: dict[str, Peer] = {}
         self._departed_tokens = 0
 
-    def join(self, routing_id: bytes, hello: Hello) -> str | None:
+    def join(self, hello: Hello, connection: Connection) -> str | None:
         """Note a peer; returns the session of an earlier process of the same name, whose leases are void."""
-        earlier = self.get(routing_id)
+        earlier = self._peers.get(hello.peer_id)
         if earlier and earlier.session == hello.session:
+            earlier.connection = connection
             return None
         if earlier:
             self._departed_tokens += earlier.sampled_tokens
-        self._peers[routing_id] = Peer(hello.peer_id, hello.session, hello.role, hello.engine)
+        self._peers[hello.peer_id] = Peer(hello.peer_id, hello.session, hello.role, hello.engine, connection)
         return earlier.session if earlier else None
 
     def get(self, routing_id: bytes) -> Peer | None:
-        return self._peers.get(routing_id)
+        """The process that calls its connections so (see Hello.routing_id)."""
+        name, _, session = routing_id.decode(errors="replace").partition("/")
+        peer = self._peers.get(name)
+        return peer if peer and peer.session == session else None
+
+    def rival_of(self, hello: Hello, *, silence_s: float) -> tuple[Peer, float] | None:
+        """Another process that has the name and lives, and how long `hello` has wanted it.
+
+        It lives while it has a connection and was heard within `silence_s`.
+        """
+        holder = self._peers.get(hello.peer_id)
+        if holder is None or holder.session == hello.session:
+            return None
+        if not holder.connection.is_open or holder.silence_s > silence_s:
+            return None
+        if holder.rival is None or holder.rival[0] != hello.session:
+            holder.rival = hello.session, time.monotonic()
+        return holder, time.monotonic() - holder.rival[1]
 
     def heard(self, peer: Peer, request: WorkRequest) -> None:
         peer.last_heard = time.monotonic()
@@ -53,15 +78,14 @@ class Peers:
         peer.serving_step = request.serving.step if request.serving else None
         peer.sampled_tokens, peer.idle_s = request.sampled_tokens, request.idle_s
 
-    def leave(self, routing_id: bytes) -> Peer | None:
-        peer = self._peers.pop(routing_id, None)
-        if peer:
+    def leave(self, peer: Peer) -> None:
+        if self._peers.get(peer.peer_id) is peer:
+            del self._peers[peer.peer_id]
             self._departed_tokens += peer.sampled_tokens
-        return peer
 
-    def silent(self, limit_s: float) -> list[tuple[bytes, Peer]]:
+    def silent(self, limit_s: float) -> list[Peer]:
         """Peers not heard for longer than `limit_s`."""
-        return [(routing_id, peer) for routing_id, peer in self._peers.items() if peer.silence_s > limit_s]
+        return [peer for peer in self.all() if peer.silence_s > limit_s]
 
     def all(self) -> list[Peer]:
         """A snapshot, safe to read from another thread."""

@@ -21,7 +21,6 @@ from learner.objective.policy import policy_loss
 from learner.policy_model import PolicyModel
 from learner.ranks import Ranks
 
-
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 

@@ -108,7 +108,7 @@ def test_a_configuration_comes_back_from_its_own_document(
 ) -> None:  # fmt: skip
     document: dict[str, Any] = Config().model_dump(mode="json")
     document["run"] |= {"dir": directory, "seed": seed}
-    document["network"]["host"] = host
+    document["network"] |= {"host": host, "allow_unauthenticated": True}
     document["learner"] |= {"lr": lr, "adam_betas": betas}
     document["environment"]["options"] = options
     document["algorithm"] |= PRESETS["chord_mu"]

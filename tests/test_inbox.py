@@ -16,10 +16,14 @@ import zmq
 from actors.link import LearnerLink
 from common.config.schema import Network
 from common.errors import OperatorError, WaitTimeout
+from common.keys.allowed import ServerKeys
+from common.keys.folder import PeerKeys
 from common.trajectory import NOT_SAMPLED, Trajectory, TrajectoryGroup
 from common.version import Version
 from common.wire.codec import Buffer, decode, encode
+from common.wire.connections import Bounds
 from common.wire.groups import from_blob, group_frames, group_header
+from common.wire.listener import Listener
 from common.wire.messages import (
     PROTOCOL,
     ActorState,
@@ -39,12 +43,13 @@ from common.wire.messages import (
     Work,
     WorkRequest,
 )
-from common.wire.sockets import SocketLimits, bind, open_socket
+from common.wire.sockets import SocketLimits, open_socket
 from learner.inbox import Door, Inbox, LeaseTerms
 from learner.ledger.account import GroupCounts
 from learner.ledger.ledger import Ledger
 
 MAX_BYTES = 1 << 20
+SILENCE_S = 1.0
 LIMITS = SocketLimits(heartbeat_s=0.5, silence_s=2.0, max_frame_bytes=MAX_BYTES)
 WAIT_MS = 10_000
 
@@ -52,17 +57,31 @@ WAIT_MS = 10_000
 class Learner:
     """Ledger and inbox of a learner whose policy is at version 0, in this process."""
 
-    def __init__(self, folder: Path, *, port: int = 0, lease_s: float = 60.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        port: int = 0,
+        lease_s: float = 60.0,
+        seed: int = 0,
+        max_connections: int = 99,
+        keys: Path | None = None,
+        silence_s: float = SILENCE_S,
+    ) -> None:
         self.ledger = Ledger(folder / "ledger.sqlite", groups_per_step=4, max_staleness=0)
         self.newest = Version(run_id=self.ledger.run_id, incarnation=self.ledger.incarnation, step=0, hash="ab" * 16)
         self.evaluations: list[EvaluationResult] = []
         self._context: zmq.Context[Any] = zmq.Context()
-        socket = open_socket(self._context, zmq.ROUTER, LIMITS)
-        self.port = bind(socket, "127.0.0.1", port, "actors")
+        self.keys = ServerKeys(self._context, str(keys)) if keys else None
+        self.listener = Listener(
+            self._context, zmq.ROUTER, host="127.0.0.1", port=port, purpose="actors", limits=LIMITS,
+            bounds=Bounds(max_connections, 4 * MAX_BYTES), keys=self.keys,
+        )  # fmt: skip
+        self.port = self.listener.port
         self.inbox = Inbox(
-            socket,
+            self.listener,
             self.ledger,
-            door=Door("agreed", 1111, 2222, MAX_BYTES),
+            door=Door("agreed", 1111, 2222, MAX_BYTES, max_round_bytes=4 * MAX_BYTES, silence_s=silence_s),
             terms=LeaseTerms(group_size=2, temperature=1.0, max_tokens=8, seed=seed, lease_s=lease_s),
             vocab_size=100,
             newest=lambda: self.newest,
@@ -80,6 +99,8 @@ class Learner:
     def close(self) -> None:
         """Returns when the port is free."""
         self.inbox.close()
+        if self.keys:
+            self.keys.close()
         self._context.term()
         self.ledger.close()
 
@@ -87,11 +108,11 @@ class Learner:
 class Peer:
     """An actor written out by hand: a DEALER, and what it would say."""
 
-    def __init__(self, learner: Learner, name: str, process: int) -> None:
+    def __init__(self, learner: Learner, name: str, process: int, keys: PeerKeys | None = None) -> None:
         self.name, self.session, self.learner = name, f"{name}-{process}", learner
         self._context: zmq.Context[Any] = zmq.Context()
-        self.socket = open_socket(self._context, zmq.DEALER, LIMITS)
-        self.socket.setsockopt(zmq.ROUTING_ID, name.encode())
+        self.socket = open_socket(self._context, zmq.DEALER, LIMITS, keys)
+        self.socket.setsockopt(zmq.ROUTING_ID, hello(name, self.session).routing_id)
         self.socket.connect(f"tcp://127.0.0.1:{learner.port}")
 
     def close(self) -> None:
@@ -169,13 +190,20 @@ def meet() -> Iterator[Callable[..., Peer]]:
     """Makes peers that are closed after the test."""
     met: list[Peer] = []
 
-    def meet_(learner: Learner, name: str = "a", process: int = 1) -> Peer:
-        met.append(Peer(learner, name, process))
+    def meet_(learner: Learner, name: str = "a", process: int = 1, keys: PeerKeys | None = None) -> Peer:
+        met.append(Peer(learner, name, process, keys))
         return met[-1]
 
     yield meet_
     for peer in met:
         peer.close()
+
+
+def wait_until(is_reached: Callable[[], bool], *, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_reached():
+        assert time.monotonic() < deadline, f"not reached within {timeout_s} s"
+        time.sleep(0.01)
 
 
 def audit(folder: Path, query: str) -> list[tuple[Any, ...]]:
@@ -222,19 +250,26 @@ def test_another_protocol_is_refused_for_good(start: Callable[..., Learner], mee
     assert refusal.reason == f"protocol: got {PROTOCOL + 1}, expected {PROTOCOL} (update the older side)"
 
 
-def test_garbage_stops_nobody(start: Callable[..., Learner], meet: Callable[..., Peer]) -> None:
+def test_garbage_costs_the_sender_its_connection_and_stops_nobody(
+    start: Callable[..., Learner], meet: Callable[..., Peer]
+) -> None:
     learner = start()
-    vandal, peer = meet(learner, "vandal"), meet(learner)
-    vandal.join()
+    peer = meet(learner)
+    assert isinstance(peer.join(), Welcome)
+    (lease,) = peer.work(capacity=1)
     deep = b"\x82\xa8protocol" + b"\x91" * 1000 + b"\xc0\xa4kind\xa1x"
     garbage = [[b""], [b"\xff" * 500], [deep], [b"x"] * 30, [b"\xdf\xff\xff\xff\xff"], [bytes(MAX_BYTES), b"x"]]
-    for frames in garbage:
+    for number, frames in enumerate(garbage):
+        vandal = meet(learner, "vandal", number)
+        assert isinstance(vandal.join(), Welcome)
         vandal.socket.send_multipart(frames)
-        assert isinstance(vandal.receive(), Refusal)
-    assert isinstance(vandal.ask(ChunkRequest(version=learner.newest, index=0)), Refusal)
-    assert isinstance(peer.join(), Welcome)
-    assert peer.deliver(peer.work(capacity=1)[0]).outcome is Outcome.COMMITTED
-    assert sum(learner.inbox.refusals.values()) == len(garbage) + 1
+        wait_until(lambda: learner.listener.closings["malformed"] == number + 1)  # noqa: B023
+    vandal = meet(learner, "vandal", 99)
+    vandal.join()
+    vandal.send(ChunkRequest(version=learner.newest, index=0))
+    wait_until(lambda: learner.listener.closings["malformed"] == len(garbage) + 1)
+    assert peer.deliver(lease).outcome is Outcome.COMMITTED
+    assert learner.inbox.refusals == {"malformed": len(garbage) + 1}
     assert learner.inbox.failure is None
 
 
@@ -418,7 +453,7 @@ def test_the_leases_of_a_silent_actor_go_to_another_and_it_may_come_back(
     assert learner.ledger.account.counts() == GroupCounts(committed=4)
 
 
-def test_a_new_process_of_the_same_name_gets_the_prompts_of_the_earlier_one_at_once(
+def test_a_new_process_gets_the_name_and_prompts_of_a_killed_one_at_once(
     start: Callable[..., Learner], meet: Callable[..., Peer]
 ) -> None:
     learner = start()
@@ -426,9 +461,104 @@ def test_a_new_process_of_the_same_name_gets_the_prompts_of_the_earlier_one_at_o
     earlier.join()
     assert len(earlier.work(capacity=4)) == 4
     earlier.close()
+    wait_until(lambda: learner.listener.num_connections == 0)
     later = meet(learner, process=2)
-    later.join()
+    assert isinstance(later.join(), Welcome)
     assert [lease.prompt_index for lease in later.work(capacity=4)] == [0, 1, 2, 3]
+
+
+def test_a_new_process_gets_the_name_of_one_that_fell_silent(
+    start: Callable[..., Learner], meet: Callable[..., Peer]
+) -> None:
+    learner = start()
+    earlier, later = meet(learner), meet(learner, process=2)
+    earlier.join()
+    assert len(earlier.work(capacity=4)) == 4
+    refusal = later.join()
+    assert isinstance(refusal, Refusal)
+    assert not refusal.is_final
+    assert refusal.reason.startswith("a was heard 0.")
+    assert refusal.reason.endswith("s ago from another process: not yet")
+    wait_until(lambda: isinstance(later.join(), Welcome))
+    assert [lease.prompt_index for lease in later.work(capacity=4)] == [0, 1, 2, 3]
+    assert isinstance(earlier.ask(work_request(learner.newest, capacity=4)), Refusal)
+
+
+def test_a_second_live_process_of_the_same_name_is_sent_away_and_takes_nothing(
+    start: Callable[..., Learner], meet: Callable[..., Peer]
+) -> None:
+    learner = start()
+    first, second = meet(learner), meet(learner, process=2)
+    first.join()
+    leases = first.work(capacity=4)
+    replies: list[AnyMessage] = []
+
+    def is_sent_away() -> bool:
+        assert first.work(capacity=0, held=leases) == ()
+        replies.append(second.join())
+        return isinstance(replies[-1], Refusal) and replies[-1].is_final
+
+    wait_until(is_sent_away)
+    assert all(isinstance(reply, Refusal) for reply in replies)
+    assert "expected a --name of its own" in replies[-1].reason  # pyright: ignore
+    assert [first.deliver(lease).outcome for lease in leases] == [Outcome.COMMITTED] * 4
+
+
+def test_a_peer_that_is_not_heard_is_gone_until_its_next_request(
+    start: Callable[..., Learner], meet: Callable[..., Peer], caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = start()
+    peer = meet(learner)
+    peer.join()
+    (lease,) = peer.work(capacity=1)
+    (known,) = learner.inbox.peers.all()
+    assert known.state is ActorState.SERVING
+    wait_until(lambda: known.state is ActorState.GONE, timeout_s=5.0)
+    (line,) = [record.getMessage() for record in caplog.records if "is gone" in record.getMessage()]
+    assert line.startswith("a is gone: silence of 1.")
+    assert "its leases are issued again in 59 s" in line
+    assert peer.work(capacity=0, held=[lease]) == ()
+    assert known.state is ActorState.SERVING
+
+
+def test_a_peer_whose_groups_are_refused_again_and_again_is_sent_away(
+    start: Callable[..., Learner], meet: Callable[..., Peer]
+) -> None:
+    learner = start()
+    peer = meet(learner)
+    peer.join()
+    leases = peer.work(capacity=4)
+
+    def deliver_nonsense(lease: Lease) -> AnyMessage:
+        group = make_group(lease.lease_id)
+        group.trajectories[0].logprobs[3] = np.nan
+        return peer.ask(group_header(group), group_frames(group))
+
+    for lease in leases[:2]:
+        assert isinstance(deliver_nonsense(lease), Receipt)
+    last = deliver_nonsense(leases[2])
+    assert isinstance(last, Refusal)
+    assert last.is_final
+    assert last.reason.startswith("a: 3 groups in a row were refused, the last for trajectory.logprobs")
+    assert learner.inbox.peers.all() == []
+    successor = meet(learner, "c")
+    successor.join()
+    assert [lease.prompt_index for lease in successor.work(capacity=4)] == [0, 1, 2, 3]
+
+
+def test_one_more_than_the_connection_limit_is_told_to_wait(
+    start: Callable[..., Learner], meet: Callable[..., Peer]
+) -> None:
+    learner = start(max_connections=2)
+    first, second, third = (meet(learner, name) for name in "abc")
+    assert isinstance(first.join(), Welcome)
+    assert isinstance(second.join(), Welcome)
+    refusal = third.join()
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, refusal.is_final) == ("the learner serves network.max_connections peers already", False)
+    second.close()
+    wait_until(lambda: isinstance(third.join(), Welcome))
+    assert len(first.work(capacity=1)) == 1
 
 
 def test_an_actor_that_says_goodbye_leaves_its_prompts(

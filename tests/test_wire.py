@@ -18,6 +18,7 @@ from common.version import Version
 from common.wire.codec import (
     MAX_FRAMES,
     MAX_HEADER_BYTES,
+    MAX_NESTING,
     Buffer,
     Envelope,
     ProtocolMismatch,
@@ -27,6 +28,7 @@ from common.wire.codec import (
 )
 from common.wire.groups import GroupLimits, from_blob, group_frames, group_header, read_group, to_blob
 from common.wire.messages import (
+    MAX_LEASES,
     PROTOCOL,
     ActorState,
     Announcement,
@@ -164,12 +166,12 @@ def test_every_message_comes_back_as_it_went(message: AnyMessage, frames: list[b
 
 def test_the_largest_messages_that_the_models_allow_are_taken() -> None:
     name = "n" * 64
-    request = WorkRequest(state=ActorState.SERVING, capacity=1, serving=VERSION, held=(name,) * 8192)
+    request = WorkRequest(state=ActorState.SERVING, capacity=1, serving=VERSION, held=(name,) * 2 * MAX_LEASES)
     rows = (TrajectoryHeader(num_tokens=2**24, reward=-1e5 / 3, is_truncated=True),) * 4096
     for message in (request, GroupHeader(lease_id=name, num_prompt_tokens=2**24, trajectories=rows)):
         assert decode(encode(message), max_bytes=MAX_BYTES).message == message
     lease = Lease(lease_id=name, prompt_index=2**53, group_size=4096, temperature=0.1, max_tokens=2**24, seed=2**53)
-    work = Work(newest=VERSION, leases=(lease,) * 4096)
+    work = Work(newest=VERSION, leases=(lease,) * MAX_LEASES)
     assert decode(encode(work), max_bytes=MAX_BYTES).message == work
 
 
@@ -198,7 +200,7 @@ def test_another_protocol_is_a_mismatch_that_names_both(protocol: object) -> Non
         (hello(engine=msgpack.ExtType(5, b"x")), "not MessagePack within bounds"),
         (hello(engine=msgpack.Timestamp(1)), "not MessagePack within bounds"),
         (hello(extra="x" * 4097), "not MessagePack within bounds"),
-        (hello(extra=[0] * 8193), "not MessagePack within bounds"),
+        (hello(extra=[0] * 4097), "not MessagePack within bounds"),
         (hello(extra={str(i): i for i in range(65)}), "not MessagePack within bounds"),
         (hello() | {str(i): i for i in range(65)}, "not MessagePack within bounds"),
         (hello() | {7: 7}, "not MessagePack within bounds"),
@@ -229,7 +231,7 @@ def test_sizes_and_numbers_of_frames_are_bounded() -> None:
     assert f"header: got {MAX_HEADER_BYTES + 1} bytes" in refusal([b"\xc0" * (MAX_HEADER_BYTES + 1)])
 
 
-@pytest.mark.parametrize("depth", [100, 900, 1000, 1023, 1 << 19])
+@pytest.mark.parametrize("depth", [MAX_NESTING, 100, 900, 1000, 1023, 1 << 19])
 @pytest.mark.parametrize("opening", [b"\x91", b"\x81\xa1x"])
 @pytest.mark.parametrize("key", ["protocol", "kind", "peer_id", "extra"])
 def test_deep_nesting_is_refused_wherever_it_stands(key: str, opening: bytes, depth: int) -> None:
@@ -249,8 +251,8 @@ def test_a_few_bytes_that_claim_a_huge_container_cost_nothing(claim: bytes) -> N
 
 
 def test_the_costliest_header_that_fits_costs_a_bounded_amount() -> None:
-    rows = b"".join(b"\xdc\x20\x00" + b"\x80" * 8192 for _ in range(127))  # 127 arrays of 8192 empty maps, 1 MiB
-    bomb = b"\x82\xa8protocol\x01\xa1x\xdc\x00\x7f" + rows
+    rows = b"".join(b"\xdc\x10\x00" + b"\x80" * 4096 for _ in range(63))  # 63 arrays of 4096 empty maps, 252 KiB
+    bomb = b"\x82\xa8protocol\x01\xa1x\xdc\x00\x3f" + rows
     assert len(bomb) < MAX_HEADER_BYTES
     assert peak_bytes(lambda: refusal([bomb])) < 100 * MAX_HEADER_BYTES
 

@@ -42,10 +42,11 @@ def evaluator(
         resolved = resolved.model_copy(update={"model": resolved.model.model_copy(update={"path": str(model)})})
     require_model_folder(resolved.model.path)
     if not model:
-        check_address(resolved)
+        name = name or default_name(Role.EVALUATOR, resolved.network.keys)
+        check_address(resolved, name)
     start_logging(name or "evaluator")
     with RunDir(Path(resolved.run.dir)).explains_bad_disk():
-        asyncio.run(score_folder(resolved) if model else serve(resolved, name or default_name(Role.EVALUATOR)))
+        asyncio.run(score_folder(resolved) if model else serve(resolved, name))
 
 
 async def serve(config: Config, name: str) -> None:
@@ -69,6 +70,7 @@ async def serve(config: Config, name: str) -> None:
         parts.engine,
         config.network,
         RunDir(Path(config.run.dir)).weights(name),
+        name=name,
         in_flight=False,
         welcome=lambda: link.welcome,
     )

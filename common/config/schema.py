@@ -3,6 +3,7 @@
 import hashlib
 import json
 from enum import StrEnum
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -181,13 +182,40 @@ class Network(Section):
     weights_port: Port = Field(0, description="where the learner serves weights; 0 takes a free port and tells actors")
     announcements_port: Port = Field(0, description="where it announces versions; 0 takes a free port and tells actors")
     heartbeat_s: Seconds = Field(1.0, description="between ZeroMQ heartbeats")
-    silence_s: Seconds = Field(4.0, description="a peer silent for longer is disconnected")
+    silence_s: Seconds = Field(4.0, description="a peer silent for longer is disconnected, and taken for gone")
     lease_s: Seconds = Field(20.0, description="a lease whose actor has been silent for longer is issued again")
     request_timeout_s: Seconds = Field(10.0, description="one request to the learner, before it is sent again")
     learner_timeout_s: Seconds = Field(180.0, description="an actor gives up on a learner unreachable for longer")
-    max_message_bytes: Positive = Field(256 << 20, description="largest message that either side takes")
+    keys: str = Field("", description="folder of CURVE keys (see chord-keys); empty: nobody is authenticated")
+    allow_unauthenticated: bool = Field(False, description="without keys, serve other machines too: anyone may come in")
+    max_connections: Positive = Field(256, description="peers that each of the learner's ports serves at a time")
+    max_message_bytes: Positive = Field(64 << 20, description="largest message that either side takes")
+    max_unacknowledged_bytes: Positive = Field(
+        128 << 20, description="what the learner holds of one peer's unhandled messages; actors keep to half of it"
+    )
     chunk_bytes: Annotated[int, Field(ge=1 << 20, le=4 << 20)] = Field(2 << 20, description="one chunk of weights")
     chunk_credit: Positive = Field(8, description="chunks one actor asks for ahead")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.keys or self.allow_unauthenticated or _is_loopback(self.host)):
+            raise ValueError(
+                f'network.keys: got none with network.host "{self.host}", expected a folder of keys (see chord-keys), '
+                "a loopback address, or network.allow_unauthenticated = true where everyone who gets there is trusted"
+            )
+        if self.max_unacknowledged_bytes < self.max_message_bytes:
+            raise ValueError(
+                f"network.max_unacknowledged_bytes: got {self.max_unacknowledged_bytes}, expected at least "
+                f"max_message_bytes ({self.max_message_bytes})"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Expert(Section):

@@ -11,6 +11,7 @@ from typing import Any
 import zmq
 
 from common.errors import OperatorError, WaitTimeout
+from common.keys.folder import PeerKeys
 from common.version import Version
 from common.wait import Wait
 from common.weights.snapshot import HASH_BYTES, Manifest, Snapshot, hash_chunk, hash_of_chunks
@@ -19,6 +20,8 @@ from common.wire.messages import Chunk, ChunkRequest, ManifestReply, ManifestReq
 from common.wire.sockets import SocketLimits, open_socket
 
 POLL_MS = 100
+MAX_CHUNKS = 1 << 20
+"""Of one version: a manifest costs memory by its chunks."""
 
 
 class VersionGone(Exception):
@@ -44,9 +47,9 @@ class WeightClient:
 
     def __init__(
         self, context: "zmq.Context[Any]", address: str, folder: Path, *, limits: SocketLimits, credit: int,
-        timeout_s: float, retry_s: float,
+        timeout_s: float, retry_s: float, keys: PeerKeys | None = None,
     ) -> None:  # fmt: skip
-        self._socket = open_socket(context, zmq.DEALER, limits)
+        self._socket = open_socket(context, zmq.DEALER, limits, keys)
         self._socket.connect(address)
         self._folder = folder
         self._credit = credit
@@ -185,9 +188,11 @@ def _write(descriptor: int, data: Buffer, offset: int) -> None:
 def _read_manifest(reply: ManifestReply, frames: "list[Buffer] | Any") -> Manifest:
     if reply.num_bytes == 0 or not frames:
         raise VersionGone(str(reply.version))
+    num_chunks = -(-reply.num_bytes // reply.chunk_bytes)
+    if num_chunks > MAX_CHUNKS or len(frames[0]) != num_chunks * HASH_BYTES:
+        raise VersionGone(f"{reply.version}: its manifest names {num_chunks} chunks in {len(frames[0])} bytes")
     joined = bytes(frames[0])
     hashes = tuple(joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES))
-    num_chunks = -(-reply.num_bytes // reply.chunk_bytes)
-    if len(hashes) != num_chunks or hash_of_chunks(hashes) != reply.version.hash:
+    if hash_of_chunks(hashes) != reply.version.hash:
         raise VersionGone(f"{reply.version}: its manifest does not match its hash")
     return Manifest(reply.version, reply.num_bytes, reply.chunk_bytes, hashes)

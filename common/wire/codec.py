@@ -1,6 +1,6 @@
 """Messages to frames and back: a MessagePack header, then raw frames. Bytes become bounded models or a WireError."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,9 +15,11 @@ pack: Callable[[object], bytes] = cast(Any, msgpack).packb
 unpack: Callable[..., Any] = cast(Any, msgpack).unpackb
 
 MAX_FRAMES = 6
-MAX_HEADER_BYTES = 1 << 20
-MAX_HEADER_ITEMS = 8192
+MAX_HEADER_BYTES = 256 << 10
+MAX_HEADER_ITEMS = 4096
 """Entries of one array in a header: a few bytes can name a large container."""
+MAX_NESTING = 6
+"""Containers within containers in a header; messages need four."""
 
 
 class WireError(ValueError):
@@ -65,6 +67,7 @@ def _decode_header(frame: Buffer) -> AnyMessage:
     if not isinstance(header, dict):
         raise WireError(f"header: got {type(header).__name__}, expected a map")
     fields = cast("dict[str, Any]", header)
+    _check_nesting(fields)
     if (protocol := fields.pop("protocol", None)) != PROTOCOL:
         got = protocol if isinstance(protocol, int) else type(protocol).__name__
         raise ProtocolMismatch(f"protocol: got {got}, expected {PROTOCOL} (update the older side)")
@@ -76,3 +79,17 @@ def _decode_header(frame: Buffer) -> AnyMessage:
         first = cast("dict[str, Any]", error.errors(include_url=False)[0])
         where = ".".join(str(part) for part in first["loc"])
         raise WireError(f"header: {where}: {first['msg']}"[:300]) from None
+
+
+def _check_nesting(header: object) -> None:
+    """Level by level, so that no depth costs stack."""
+    level: list[object] = [header]
+    for _ in range(MAX_NESTING):
+        inner: list[object] = []
+        for container in level:
+            values = cast("dict[str, object]", container).values() if isinstance(container, dict) else container
+            inner += [value for value in cast("Iterable[object]", values) if isinstance(value, dict | tuple)]
+        if not inner:
+            return
+        level = inner
+    raise WireError(f"header: nested more than {MAX_NESTING} deep, expected less")

@@ -15,6 +15,9 @@ from common.version import Version
 PROTOCOL = 2
 """Raised with every change that an older peer would misread."""
 
+MAX_LEASES = 1024
+"""Leases of one actor at a time at most; so many fit into one header."""
+
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Reason = Annotated[str, Field(max_length=500)]
 Number = Annotated[int, Field(ge=0, le=2**53)]
@@ -34,6 +37,8 @@ class ActorState(StrEnum):
     SERVING = "serving"
     STALE = "stale"
     DRAINING = "draining"
+    GONE = "gone"
+    """Not heard for longer than `network.silence_s`; said by the learner, never by the peer."""
 
 
 class Outcome(StrEnum):
@@ -68,6 +73,11 @@ class Hello(Message):
     role: Annotated[Role, Field(strict=False)]
     engine: Name
     config_hash: Name
+
+    @property
+    def routing_id(self) -> bytes:
+        """What the process calls its connections, so that two of the same name never take each other's."""
+        return f"{self.peer_id}/{self.session}".encode()
 
 
 class Welcome(Message):
@@ -105,10 +115,10 @@ class WorkRequest(Message):
 
     kind: Literal["work_request"] = "work_request"
     state: Annotated[ActorState, Field(strict=False)]
-    capacity: Annotated[int, Field(ge=0, le=4096)]
+    capacity: Annotated[int, Field(ge=0, le=MAX_LEASES)]
     """Leases it could begin now."""
     serving: Version | None
-    held: Annotated[tuple[Name, ...], Field(max_length=8192)] = ()
+    held: Annotated[tuple[Name, ...], Field(max_length=2 * MAX_LEASES)] = ()
     """Leases it works on or has not had a receipt for."""
     sampled_tokens: Number = 0
     """Since the process started."""
@@ -119,7 +129,7 @@ class WorkRequest(Message):
 class Work(Message):
     kind: Literal["work"] = "work"
     newest: Version | None
-    leases: Annotated[tuple[Lease, ...], Field(max_length=8192)] = ()
+    leases: Annotated[tuple[Lease, ...], Field(max_length=MAX_LEASES)] = ()
     evaluation: Version | None = None
     """The version that an evaluator is to score now."""
     is_finished: bool = False

@@ -1,0 +1,1 @@
+"""CURVE keys: the files they lie in, who may come in with one, and `chord-keys`."""
