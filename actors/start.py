@@ -19,7 +19,6 @@ from prometheus_client import CollectorRegistry
 
 from actors.engine import Engine
 from actors.engines.choose import make_engine
-from actors.engines.vllm import START_THREAD
 from actors.environment import Environment, make_environment
 from actors.guard import EngineGuard, describe
 from actors.link import LearnerLink
@@ -120,12 +119,15 @@ def raise_one_line(failure: BaseException) -> NoReturn:
 
 
 def run_peer(name: str, command: Callable[[], object]) -> NoReturn:
-    """As run_command; but a peer that ends while its engine still starts does not wait for that, nor trips over it."""
+    """As run_command; but all that needs an end has had it, so the process leaves without taking the interpreter down.
+
+    That takes seconds with these libraries, and trips over an engine whose start, in a thread, cannot be cancelled.
+    """
     try:
         run_command(name, command)
     except SystemExit as end:
-        if any(thread.name == START_THREAD for thread in threading.enumerate()):
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code if isinstance(end.code, int) else 1)
-        raise
+        if threading.active_count() == 1:  # --help, --check, or a mistake that was told before anything began
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 TESTED_RELEASE = ("0", "32")
 HEAD = "lm_head.weight"
-START_THREAD = "vllm-start"
 
 
 class VllmEngine:
@@ -76,7 +75,7 @@ class VllmEngine:
         set_environment(self._actor.num_threads)
         started: Future[None] = Future()
         # A thread that no exit waits for: a start cannot be cancelled, and an actor that is refused leaves at once.
-        threading.Thread(target=self._start, args=(started,), name=START_THREAD, daemon=True).start()
+        threading.Thread(target=self._start, args=(started,), name="vllm-start", daemon=True).start()
         await asyncio.shield(asyncio.wrap_future(started))
 
     def _start(self, started: "Future[None]") -> None:
