@@ -12,7 +12,6 @@ from common.command import (
     OverridesArgument,
     new_command,
     resolve_or_check,
-    run_command,
     start_logging,
 )
 from common.config.schema import Config
@@ -38,7 +37,7 @@ def actor(
     require_model_folder(resolved.model.path)
     check_address(resolved)
     start_logging(name or "actor")
-    with RunDir(Path(resolved.run.dir)).explains_full_disk():
+    with RunDir(Path(resolved.run.dir)).explains_bad_disk():
         asyncio.run(run_actor(resolved, name or default_name(Role.ACTOR)))
 
 
@@ -47,16 +46,17 @@ async def run_actor(config: Config, name: str) -> None:
     from actors.fitter import Fitter
     from actors.link import LearnerLink
     from actors.metrics import ActorMetrics
+    from actors.pulse import Pulse
     from actors.start import make_hello, make_parts, on_stop, serve_peer_metrics
     from actors.worker import Worker
     from common.wire.messages import Role
 
-    parts = make_parts(config, config.actor.engine)
+    pulse = Pulse(config, "actor")
     metrics = ActorMetrics()
+    parts = make_parts(config, config.actor.engine, metrics.registry)
     serve_peer_metrics(
         metrics.registry, host=config.learner.metrics_host, port=config.actor.metrics_port, key="actor.metrics_port"
     )
-    await parts.engine.start()
     link = LearnerLink(config.network, make_hello(config, name=name, role=Role.ACTOR, engine=parts.engine))
     folder = RunDir(Path(config.run.dir)).weights(name)
     fitter = Fitter(
@@ -66,19 +66,24 @@ async def run_actor(config: Config, name: str) -> None:
         in_flight=config.actor.swap == "in_flight",
         welcome=lambda: link.welcome,
     )
-    worker = Worker(parts.engine, parts.rollout, link, fitter, metrics, max_groups=config.actor.max_groups_in_flight)
+    worker = Worker(parts, link, fitter, metrics, config.actor, show=pulse.show)
     fitter.on_loaded = worker.wake
     on_stop(worker.drain)
+    beating = asyncio.create_task(pulse.keep(), name="pulse")
     try:
         log.info("leaving: %s", await worker.run())
     finally:
+        pulse.leave()
         await fitter.close()
         await link.close()
         await parts.engine.close()
+        beating.cancel()
 
 
 def main() -> None:
-    run_command("chord-actor", app)
+    from actors.start import run_peer
+
+    run_peer("chord-actor", app)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ from common.version import Version
 from common.weights.snapshot import Snapshot
 
 
+class EngineDead(Exception):
+    """The engine will never answer again; only a new start of the actor helps."""
+
+
 class FinishReason(StrEnum):
     """Why an answer ended."""
 
@@ -64,14 +68,20 @@ class Engine(Protocol):
         """The version whose weights are loaded; None before the first load."""
         ...
 
+    @property
+    def num_running(self) -> int:
+        """Answers under way."""
+        ...
+
     async def start(self) -> None:
-        """Load the model. No answer may be sampled before the first `load`."""
+        """Load the model, in threads or processes of its own. No answer may be sampled before the first `load`."""
         ...
 
     async def load(self, snapshot: Snapshot, *, in_flight: bool = True) -> None:
         """Swap the weights. In flight, running answers go on under the new version; else they end first.
 
-        Returns when `version` is the snapshot's; raises and keeps the old version where loading fails.
+        Returns when `version` is the snapshot's; raises and keeps the old version where loading fails. Raises
+        WaitTimeout where a phase of it takes longer than actor.load_timeout_s.
         """
         ...
 
@@ -79,9 +89,17 @@ class Engine(Protocol):
         """One answer to `prompt` (token ids). Call it concurrently: the engine batches.
 
         ValueError where the prompt does not fit; an answer ends where prompt and answer reach actor.max_model_tokens.
+        EngineDead where there is no engine left to answer.
+        """
+        ...
+
+    async def probe(self) -> None:
+        """Return once the engine's own loop has come round, at most a step of decoding later; at once while it loads.
+
+        Raises EngineDead where it never will.
         """
         ...
 
     async def close(self) -> None:
-        """Stop sampling and free what `start` took; leaves no process behind."""
+        """Stop sampling and free what `start` took; leaves no process behind. A start under way is left to itself."""
         ...

@@ -7,10 +7,10 @@ configuration's `environment.options`.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, Generic, Protocol, TypeVar
 
 from common.chat import ChatMessage
+from common.environments import find_environment
 from common.errors import ConfigError
 from common.problems import Split
 
@@ -84,10 +84,8 @@ class SingleTurnEpisode:
 
 def make_environment(name: str, *, seed: int, options: dict[str, Any]) -> Environment:
     """The environment that an installed package offers under `name`. Raises ConfigError where that fails."""
-    offered = {entry.name: entry for entry in entry_points(group="chord_rl.environments")}
-    if name not in offered:
-        raise ConfigError([f"environment.name: got {name!r}, expected one of {', '.join(sorted(offered))}"])
+    offer = find_environment(name)
     try:
-        return offered[name].load()(seed=seed, **options)
+        return offer.load()(seed=seed, **options)
     except TypeError as error:
         raise ConfigError([f"environment.options: {name}: {error}"]) from error

@@ -17,7 +17,9 @@ class ActorMetrics:
             "chord_actor_groups_total", "Groups sent, by what became of them.", ["outcome"], registry=self.registry
         )
         self._failures = Counter(
-            "chord_actor_lease_failures_total", "Leases whose environment failed.", registry=self.registry
+            "chord_actor_lease_failures_total",
+            "Leases given back: engine, environment or prompt failed.",
+            registry=self.registry,
         )
         self._version = Gauge(
             "chord_actor_version_step", "Policy version that is served; -1 before the first.", registry=self.registry

@@ -2,19 +2,22 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
-from actors.engine import Answer, Engine, FinishReason, SamplingParameters
+from actors.engine import Answer, FinishReason, SamplingParameters
 from actors.environment import Environment, Episode
+from actors.guard import EngineGuard
 from common.chat import Chat
+from common.config.schema import Actor
 from common.trajectory import NOT_SAMPLED, Trajectory, TrajectoryGroup
+from common.wait import wait_for
 from common.wire.messages import Lease
 
-
-class SamplingFailed(Exception):
-    """The engine could not answer; it is the engine's fault, not the prompt's."""
+Reply = TypeVar("Reply")
 
 
 class PromptTooLong(Exception):
@@ -59,14 +62,16 @@ class Tape:
 class Rollout:
     """Runs episodes with an engine; keeps no state between them."""
 
-    def __init__(self, engine: Engine, environment: Environment, chat: Chat, *, max_model_tokens: int) -> None:
-        self._engine = engine
+    def __init__(self, guard: EngineGuard, environment: Environment, chat: Chat, limits: Actor) -> None:
+        self._guard = guard
         self._environment = environment
         self._chat = chat
-        self._max_model_tokens = max_model_tokens
+        self._max_model_tokens = limits.max_model_tokens
+        self._score_timeout_s = limits.score_timeout_s
 
     async def group(self, lease: Lease) -> TrajectoryGroup:
-        """All answers to a lease's prompt. Raises SamplingFailed, PromptTooLong, or what the environment raises."""
+        """All answers to a lease's prompt. Raises a group of SamplingFailed, PromptTooLong, WaitTimeout, and what the
+        environment raises."""
         started = time.monotonic()
         sampling = SamplingParameters(temperature=lease.temperature, max_tokens=lease.max_tokens)
         episodes = [self._environment.episode("train", lease.prompt_index) for _ in range(lease.group_size)]
@@ -80,12 +85,13 @@ class Rollout:
 
     async def episode(self, episode: Episode, sampling: SamplingParameters) -> tuple[Trajectory, int]:
         """One episode to its end: its trajectory and the number of prompt tokens."""
-        prompt = self._chat.prompt_tokens(await episode.begin())
+        prompt = self._chat.prompt_tokens(await self._from_environment(episode.begin(), "a prompt"))
         tape, reward = Tape(prompt), 0.0
         while True:
             answer = await self._sample(tape.tokens, sampling)
             tape.write(answer)
-            turn = await episode.answer(self._chat.text(answer.tokens.tolist()))
+            text = self._chat.text(answer.tokens.tolist())
+            turn = await self._from_environment(episode.answer(text), "a score")
             reward += turn.reward
             is_truncated = answer.finish is FinishReason.LENGTH
             if is_truncated or not turn.messages:
@@ -101,7 +107,7 @@ class Rollout:
                 f"got a prompt of {len(tokens)} tokens, expected fewer than actor.max_model_tokens "
                 f"({self._max_model_tokens})"
             )
-        try:
-            return await self._engine.sample(list(tokens), replace(sampling, max_tokens=min(sampling.max_tokens, room)))
-        except Exception as error:
-            raise SamplingFailed(f"{self._engine.name} engine: {type(error).__name__}: {error}") from error
+        return await self._guard.sample(list(tokens), replace(sampling, max_tokens=min(sampling.max_tokens, room)))
+
+    async def _from_environment(self, awaited: Awaitable[Reply], phase: str) -> Reply:
+        return await wait_for(awaited, phase, whom="the environment", limit_s=self._score_timeout_s, is_quiet=True)

@@ -1,28 +1,39 @@
-"""What actor and evaluator do alike to come up: engine, environment, link."""
+"""What actor and evaluator do alike to come up (engine, environment, link) and to leave."""
 
 import asyncio
 import logging
+import os
 import re
 import secrets
 import signal
 import socket
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 from prometheus_client import CollectorRegistry
 
 from actors.engine import Engine
 from actors.engines.choose import make_engine
+from actors.engines.vllm import START_THREAD
 from actors.environment import Environment, make_environment
+from actors.guard import EngineGuard, describe
+from actors.link import LearnerLink
 from actors.rollout import Rollout
 from common.chat import Chat
+from common.command import run_command
 from common.config.schema import Config, EngineKind
-from common.errors import OperatorError
+from common.errors import ComponentFailure, OperatorError
 from common.metrics import serve_metrics
-from common.wire.messages import Hello, Role
+from common.wire.messages import Goodbye, Hello, Receipt, Role
 
 log = logging.getLogger(__name__)
+
+GOODBYE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -30,21 +41,22 @@ class Parts:
     """What a peer works with."""
 
     engine: Engine
+    guard: EngineGuard
     environment: Environment
     rollout: Rollout
     chat: Chat
 
 
-def make_parts(config: Config, kind: EngineKind) -> Parts:
-    """Everything but the network; the engine is not started yet."""
+def make_parts(config: Config, kind: EngineKind, registry: CollectorRegistry) -> Parts:
+    """Everything but the network; the engine is not started yet. Raises ConfigError on a wrong environment."""
+    environment = make_environment(config.environment.name, seed=config.run.seed, options=config.environment.options)
     model_path = Path(config.model.path)
     chat = Chat(model_path)
-    environment = make_environment(config.environment.name, seed=config.run.seed, options=config.environment.options)
     engine = make_engine(
         kind, model_path=model_path, actor=config.actor, vocab_size=chat.vocab_size, end_tokens=chat.end_tokens
     )
-    rollout = Rollout(engine, environment, chat, max_model_tokens=config.actor.max_model_tokens)
-    return Parts(engine, environment, rollout, chat)
+    guard = EngineGuard(engine, config.actor, registry)
+    return Parts(engine, guard, environment, Rollout(guard, environment, chat, config.actor), chat)
 
 
 def make_hello(config: Config, *, name: str, role: Role, engine: Engine) -> Hello:
@@ -78,3 +90,37 @@ def on_stop(action: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, action)
+
+
+async def say_goodbye(link: LearnerLink, reason: str) -> None:
+    """Best effort: a learner that has gone needs no goodbye."""
+    with suppress(TimeoutError, OperatorError, ComponentFailure):
+        async with asyncio.timeout(GOODBYE_S):
+            await link.ask(Goodbye(reason=reason[:500]), Receipt, phase="a goodbye")
+
+
+async def cancel_all(tasks: Iterable["asyncio.Task[Any]"]) -> None:
+    """Returns when they have ended."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def raise_one_line(failure: BaseException) -> NoReturn:
+    """End the peer; what is neither the operator's nor a peer's fault is its own, and a new start may help."""
+    if isinstance(failure, OperatorError | ComponentFailure):
+        raise failure
+    raise ComponentFailure(f"{describe(failure)}: ending, so that a supervisor starts it again") from failure
+
+
+def run_peer(name: str, command: Callable[[], object]) -> NoReturn:
+    """As run_command; but a peer that ends while its engine still starts does not wait for that, nor trips over it."""
+    try:
+        run_command(name, command)
+    except SystemExit as end:
+        if any(thread.name == START_THREAD for thread in threading.enumerate()):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        raise

@@ -2,28 +2,28 @@
 weights.
 
 Work loop: consumes leases; waits for room, new weights or the next second; produces group tasks. Each group task:
-consumes answers; waits for its receipt. The fitter runs beside them. Everything ends with `drain`, or with the run.
+consumes answers; waits for its receipt. Beside them the engine is started and watched, and kept on the newest weights.
+Everything ends with `drain`, with the run, or with an engine that is beyond help.
 """
 
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
 
-from actors.engine import Engine
 from actors.fitter import Fitter
+from actors.guard import SamplingFailed, describe
 from actors.link import LearnerLink
 from actors.metrics import ActorMetrics
-from actors.rollout import Rollout, SamplingFailed
-from common.errors import ComponentFailure, OperatorError
+from actors.standing import Standing
+from actors.start import Parts, cancel_all, raise_one_line, say_goodbye
+from common.config.schema import Actor
 from common.trajectory import TrajectoryGroup
-from common.version import Version
 from common.wire.codec import Buffer
 from common.wire.groups import group_frames, group_header
 from common.wire.messages import (
     ActorState,
-    Goodbye,
     GroupHeader,
     Lease,
     LeaseFailure,
@@ -37,71 +37,100 @@ log = logging.getLogger(__name__)
 
 REPORT_S = 1.0
 """Longest time between two work requests; they keep leases alive."""
-DRAIN_S = 10.0
-"""Longest time that running groups are given to end when the actor leaves."""
 
 
 class Worker:
-    """One actor's conductor; engine and link are started and closed by the caller."""
+    """One actor's conductor; link and engine are closed by the caller."""
 
     def __init__(
         self,
-        engine: Engine,
-        rollout: Rollout,
+        parts: Parts,
         link: LearnerLink,
         fitter: Fitter,
         metrics: ActorMetrics,
+        limits: Actor,
         *,
-        max_groups: int,
+        show: Callable[[ActorState, str], None] = lambda *_: None,
     ) -> None:
-        self._engine = engine
-        self._rollout = rollout
+        """`show` is called with the state and a detail each time that the work loop comes round."""
+        self._parts = parts
+        self._engine = parts.engine
         self._link = link
         self._fitter = fitter
         self._metrics = metrics
-        self._max_groups = max_groups
+        self._limits = limits
+        self._show = show
         self._groups: dict[str, asyncio.Task[None]] = {}
         self._sampled_tokens = 0
         self._idle_s = 0.0
         self._idle_since: float | None = None
         self._wake = asyncio.Event()
         self._failure: BaseException | None = None
-        self._asking: asyncio.Task[str] | None = None
-        self.is_draining = False
+        self._drain = asyncio.Event()
+        self._standing = Standing(parts.engine, parts.guard, link)
 
     def wake(self) -> None:
         """Ask for work now: there is room, or the weights are new."""
         self._wake.set()
 
     def drain(self) -> None:
-        """Take no more leases; `run` returns when the running groups have ended."""
-        self.is_draining = True
-        if self._asking:
-            self._asking.cancel()
+        """Take no more leases, end running groups and leave. Called again: give them back and leave."""
+        if self._drain.is_set():
+            for task in self._groups.values():
+                task.cancel()
+        self._drain.set()
+        self.wake()
 
     async def run(self) -> str:
-        """Work until the run is over or `drain`; returns the reason. Raises ComponentFailure where a part fails."""
-        following = asyncio.create_task(self._fitter.follow(), name="fitter")
-        self._asking = asyncio.create_task(self._ask_for_work(following), name="work")
+        """Work until the run is over or `drain`; returns why it ended. Raises OperatorError on the learner's final
+        word, ComponentFailure where a part fails."""
+        tasks = [
+            asyncio.create_task(self._ask_for_work(), name="work"),
+            asyncio.create_task(self._tend_engine(), name="engine"),
+            asyncio.create_task(self._drain_when_asked(), name="drain"),
+        ]
         try:
-            await asyncio.wait([self._asking])
-            reason = "asked to stop" if self._asking.cancelled() else self._asking.result()
-            self.is_draining = True
-            if self._groups:
-                await asyncio.wait(self._groups.values(), timeout=DRAIN_S)
-            await self._say_goodbye(reason)
-            return reason
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            tasks = [self._asking, following, *self._groups.values()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_all([*tasks, *self._groups.values()])
+        failure = next((error for task in ended if (error := task.exception())), None)
+        reason = str(failure or next(task.result() for task in ended))
+        await say_goodbye(self._link, reason)
+        if failure:
+            raise_one_line(failure)
+        return reason
 
-    async def _ask_for_work(self, following: "asyncio.Task[None]") -> str:
+    async def _tend_engine(self) -> None:
+        """Start the engine; then watch it and keep it on the newest weights."""
+        await self._parts.guard.start()
+        self.wake()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._parts.guard.watch())
+                tasks.create_task(self._fitter.follow())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _drain_when_asked(self) -> str:
+        """Wait for `drain`, then for the groups that run, `drain_s` at most."""
+        await self._drain.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.drain_s):
+                while self._groups:
+                    await asyncio.wait(self._groups.values())
+        if self._groups:
+            log.warning(
+                "drained for %.0f s, actor.drain_s: giving back %s unfinished", self._limits.drain_s, [*self._groups]
+            )
+        return "asked to stop"
+
+    async def _ask_for_work(self) -> str:
         while True:
             self._wake.clear()
+            self._show(self.state, self._describe())
             work = await self._link.ask(self._request(), Work, phase="work")
             self._fitter.want(work.newest)
+            self._standing.compare(work.newest)
             for lease in work.leases:
                 self._begin(lease)
             if work.is_finished:
@@ -111,31 +140,26 @@ class Worker:
                 async with asyncio.timeout(REPORT_S):
                     await self._wake.wait()
             if self._failure:
-                raise_one_line(self._failure)
-            if following.done():
-                following.result()
+                raise self._failure
 
     def _request(self) -> WorkRequest:
+        has_room = self._parts.guard.is_started and not self._drain.is_set()
         return WorkRequest(
-            state=self.state, capacity=max(self._max_groups - len(self._groups), 0), serving=self._serving(),
-            held=tuple(self._groups), sampled_tokens=self._sampled_tokens, idle_s=self._idle_s,
+            state=self.state, serving=self._standing.serving, held=tuple(self._groups),
+            capacity=max(self._limits.max_groups_in_flight - len(self._groups), 0) if has_room else 0,
+            sampled_tokens=self._sampled_tokens, idle_s=self._idle_s,
         )  # fmt: skip
-
-    def _serving(self) -> Version | None:
-        """The engine's version, where it is one of the run that the learner leads now."""
-        version, welcome = self._engine.version, self._link.welcome
-        return version if version and welcome and version.run_id == welcome.run_id else None
 
     @property
     def state(self) -> ActorState:
-        if self.is_draining:
-            return ActorState.DRAINING
-        if self._engine.version is None:
-            return ActorState.FITTING
-        return ActorState.SERVING if self._serving() else ActorState.STALE
+        return ActorState.DRAINING if self._drain.is_set() else self._standing.state
+
+    def _describe(self) -> str:
+        version = self._engine.version
+        return f"{version if version else 'no version yet'}, {len(self._groups)} groups in flight"
 
     def _begin(self, lease: Lease) -> None:
-        if lease.lease_id in self._groups:
+        if self._drain.is_set() or lease.lease_id in self._groups:
             return
         self._count_idle_time()
         self._idle_since = None
@@ -152,37 +176,33 @@ class Worker:
         self.wake()
 
     async def _run_group(self, lease: Lease) -> None:
+        reason = ""
         try:
-            group = await self._rollout.group(lease)
-            header, frames = group_header(group), group_frames(group)
+            group = await self._parts.rollout.group(lease)
+            message = group_header(group), group_frames(group)
         except* SamplingFailed as failures:
-            raise failures.exceptions[0] from None
+            reason = str(failures.exceptions[0])
         except* Exception as failures:
-            await self._report_failure(lease, failures.exceptions[0])
+            reason = reason or describe(failures.exceptions[0])
         else:
-            await self._send_group(group, header, frames)
+            await self._send_group(group, *message)
+        if reason:
+            await self._report_failure(lease, reason[:500])
 
     async def _send_group(self, group: TrajectoryGroup, header: GroupHeader, frames: list[Buffer]) -> None:
         num_tokens = sum(trajectory.num_answer_tokens for trajectory in group.trajectories)
         self._sampled_tokens += num_tokens
         receipt = await self._link.ask(header, Receipt, frames, phase=f"the receipt of lease {header.lease_id}")
         self._metrics.count_group(receipt.outcome, num_tokens=num_tokens)
-        if receipt.outcome is not Outcome.COMMITTED:
-            log.warning("lease %s: %s (%s)", header.lease_id, receipt.outcome, receipt.reason)
+        level = logging.DEBUG if receipt.outcome is Outcome.COMMITTED else logging.WARNING
+        log.log(level, "lease %s: %s %s", header.lease_id, receipt.outcome, receipt.reason)
 
-    async def _report_failure(self, lease: Lease, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {error}"[:500]
+    async def _report_failure(self, lease: Lease, reason: str) -> None:
         log.warning("lease %s failed: %s", lease.lease_id, reason)
         self._metrics.count_failure()
         await self._link.ask(
             LeaseFailure(lease_id=lease.lease_id, reason=reason), Receipt, phase="the receipt of a failure"
         )
-
-    async def _say_goodbye(self, reason: str) -> None:
-        """Best effort: a learner that has gone needs no goodbye."""
-        with suppress(TimeoutError, OperatorError, ComponentFailure):
-            async with asyncio.timeout(2.0):
-                await self._link.ask(Goodbye(reason=reason), Receipt, phase="a goodbye")
 
     def _count_idle_time(self) -> None:
         now = time.monotonic()
@@ -194,10 +214,3 @@ class Worker:
             self._idle_s += now - self._idle_since
             self._idle_since = now
         self._metrics.observe(self._engine.version, len(self._groups), self._idle_s, self._fitter)
-
-
-def raise_one_line(failure: BaseException) -> NoReturn:
-    """End the actor; what is neither the operator's nor a peer's fault is the engine's, and a new start may help."""
-    if isinstance(failure, OperatorError | ComponentFailure):
-        raise failure
-    raise ComponentFailure(f"{failure}: the actor ends, so that it can be started again") from failure

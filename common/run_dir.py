@@ -1,5 +1,6 @@
 """The run directory: the fixed names in it, and the lock that keeps a second learner out."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -14,6 +15,7 @@ from common.errors import OperatorError
 
 EXPERT_STORE = "expert.sqlite"
 """Name of the expert store where `expert.path` is empty; demonstrations outlive the runs that they are used in."""
+DISK_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 FULL_BYTES = 4 << 20
 """A disk with less room than this is taken for full."""
 
@@ -81,13 +83,17 @@ class RunDir:
         partial.replace(self.config)
 
     @contextmanager
-    def explains_full_disk(self) -> Generator[None]:
-        """What goes wrong inside because the disk is full becomes one line, whatever words its writer has for it."""
+    def explains_bad_disk(self) -> Generator[None]:
+        """What goes wrong inside because the disk is full or failing becomes one line, whatever its writer says."""
         try:
             yield
         except OperatorError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise OperatorError(
+                    f"run.dir: {error.filename or self.path}: {error.strerror}, expected a disk that can be written"
+                ) from error
             free = shutil.disk_usage(self.path).free if self.path.exists() else FULL_BYTES
             if free >= FULL_BYTES:
                 raise

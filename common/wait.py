@@ -1,11 +1,16 @@
 """A wait with a time limit, which says whom it waits for and in which phase."""
 
+import asyncio
 import logging
 import time
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from common.errors import WaitTimeout
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 REPORT_S = 5.0
 """A wait that lasts says so this often."""
@@ -40,3 +45,21 @@ class Wait:
         if now - self._reported > REPORT_S:
             log.warning("waiting %.0f s for %s from %s", now - self._since, phase, self._whom)
             self._reported = now
+
+
+async def wait_for(
+    awaited: Awaitable[Result], phase: str, *, whom: str, limit_s: float, is_quiet: bool = False
+) -> Result:
+    """What `awaited` gives; it is cancelled where it takes longer. Raises WaitTimeout naming `whom` and `phase`.
+
+    `is_quiet`: one of many waits that may well last; only the end of its patience is told.
+    """
+    wait = Wait(whom, limit_s=limit_s)
+    task = asyncio.ensure_future(awaited)
+    try:
+        while not (await asyncio.wait([task], timeout=min(1.0, limit_s)))[0]:
+            if not is_quiet or wait.waited_s > limit_s:
+                wait.check(phase)
+        return task.result()
+    finally:
+        task.cancel()

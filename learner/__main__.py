@@ -60,7 +60,7 @@ def learner(
     start_logging("learner")
     from learner.conductor import Conductor
 
-    with RunDir(Path(resolved.run.dir)).explains_full_disk():
+    with RunDir(Path(resolved.run.dir)).explains_bad_disk():
         conductor = Conductor(resolved)
         try:
             conductor.run()

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,21 +40,40 @@ class Checkpoints:
         self._keep = keep
         folder.mkdir(parents=True, exist_ok=True)
 
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Whatever goes wrong inside is the disk's fault, whatever words its writer has for it: an OperatorError."""
+        try:
+            yield
+        except OperatorError:
+            raise
+        except Exception as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise OperatorError(
+                f"{self._folder}: a checkpoint cannot be written ({first}), expected a disk that takes one"
+            ) from error
+
     def partial_path(self, step: int) -> Path:
         """Where the ranks write the checkpoint of `step`."""
         return self._folder / f".partial-{step:08d}"
 
     def begin(self, step: int) -> None:
-        """Clear the way; rank 0, before the ranks write."""
-        for leftover in self._folder.glob(".partial-*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        self.partial_path(step).mkdir()
+        """Clear the way; rank 0, before the ranks write. Raises OperatorError where the disk refuses."""
+        with self.reporting():
+            for leftover in self._folder.glob(".partial-*"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            self.partial_path(step).mkdir()
 
     def finish(self, step: int, *, parameters_hash: str) -> Checkpoint:
         """Sync, describe and publish what the ranks wrote; then forget the oldest. Rank 0, after the ranks wrote.
 
-        `parameters_hash` names the parameters in it, for whoever replays the run.
+        `parameters_hash` names the parameters in it, for whoever replays the run. Raises OperatorError where the disk
+        refuses.
         """
+        with self.reporting():
+            return self._finish(step, parameters_hash)
+
+    def _finish(self, step: int, parameters_hash: str) -> Checkpoint:
         partial = self.partial_path(step)
         files = {str(file.relative_to(partial)): _describe(file) for file in _files(partial)}
         manifest = {"step": step, "parameters_hash": parameters_hash, "files": files}

@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 BIAS_STEPS = 64
 """What was sampled is compared with what was trained over the groups of so many steps."""
-STEP_S = 1200.0
-"""Longest time that other ranks grant rank 0 beyond its waits: a step, a checkpoint, a snapshot."""
 
 
 @dataclass
@@ -47,7 +45,7 @@ class Conductor:
         device = prepare_device(config)
         learner = config.learner
         longest_wait_s = max(learner.start_timeout_s, learner.group_timeout_s, learner.eval_timeout_s)
-        self._ranks = Ranks(device, timeout_s=longest_wait_s + STEP_S)
+        self._ranks = Ranks(device, timeout_s=longest_wait_s + learner.step_timeout_s)
         self._host = Host(config) if self._ranks.is_first else None
         self._stop_on_signals()
         self._trainer = Trainer(config, self._ranks, device)
@@ -135,7 +133,8 @@ class Conductor:
             self._host.phase = "checkpointing"
             self._checkpoints.begin(step)
         self._ranks.barrier()
-        self._trainer.save(self._checkpoints.partial_path(step))
+        with self._checkpoints.reporting():
+            self._trainer.save(self._checkpoints.partial_path(step))
         self._ranks.barrier()
         if self._host:
             self._checkpoints.finish(step, parameters_hash=self._trainer.parameters_hash())

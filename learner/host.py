@@ -13,6 +13,7 @@ from common.config.schema import Config
 from common.errors import OperatorError
 from common.metrics import serve_metrics
 from common.run_dir import RunDir
+from common.watchdog import Watchdog
 from common.weights.server import WeightServer
 from common.wire.sockets import SocketLimits, bind, open_socket
 from learner.expert.store import ExpertStore
@@ -39,9 +40,11 @@ class Host:
         self.run_dir = RunDir(Path(config.run.dir))
         self.run_dir.create()
         self._lock = self.run_dir.lock()
+        self.watchdog = Watchdog()
+        self._watch = self.watchdog.watch("the learner's train loop", limit_s=config.learner.step_timeout_s)
         self.is_stopping = threading.Event()
-        self.phase = "starting"
         self.step = 0
+        self.phase = "starting"
         chat = Chat(Path(config.model.path))
         experts = open_experts(config, chat)
         self.ledger = Ledger(
@@ -113,6 +116,7 @@ class Host:
             is_published=self.publisher.has_published,
             evaluation=self.publisher.evaluation,
             on_evaluation=self.publisher.finish_evaluation,
+            watch=self.watchdog.watch("the learner's inbox", limit_s=config.run.watchdog_s),
         )
         registry = self.recorder.prometheus.registry
         registry.register(RefusalCollector(self.inbox.refusals))
@@ -122,12 +126,24 @@ class Host:
             "actors: tcp://%s:%d, metrics: http://%s:%d/metrics", network.host, self.port, learner.metrics_host, port
         )
 
+    @property
+    def phase(self) -> str:
+        """What the train loop does; a new phase is a beat for the watchdog."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        self._phase = phase
+        self._watch.enter(f"{phase} after step {self.step}", limit_s=self._config.learner.step_timeout_s)
+
     def open_for_work(self) -> None:
         """Grant leases; called when every committed batch has been replayed."""
         self.inbox.grants_leases = True
+        self.watchdog.ready()
 
     def check_for_end(self) -> None:
-        """Raises what must end a wait: a failed ledger, or the wish to stop."""
+        """Raises what must end a wait: a failed ledger, or the wish to stop. Called all through a wait."""
+        self._watch.beat()
         if self.inbox.failure:
             raise self.inbox.failure
         if self.is_stopping.is_set():

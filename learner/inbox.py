@@ -15,6 +15,7 @@ from typing import Any
 import zmq
 
 from common.version import Version
+from common.watchdog import Watch
 from common.wire.codec import Buffer, ProtocolMismatch, WireError, decode, encode
 from common.wire.groups import GroupLimits, read_group, to_blob
 from common.wire.messages import (
@@ -73,6 +74,7 @@ class Inbox:
         self, socket: "zmq.Socket[bytes]", ledger: Ledger, *, door: Door, terms: LeaseTerms, vocab_size: int,
         newest: Callable[[], Version | None], is_published: Callable[[Version], bool],
         evaluation: Callable[[], Version | None], on_evaluation: Callable[[EvaluationResult], Outcome],
+        watch: Watch | None = None,
     ) -> None:  # fmt: skip
         self._socket = socket
         self._ledger = ledger
@@ -83,6 +85,7 @@ class Inbox:
         self._is_published = is_published
         self._evaluation = evaluation
         self._on_evaluation = on_evaluation
+        self._watch = watch
         self.peers = Peers()
         self.refusals: dict[str, int] = {}
         """Refused messages by kind of fault."""
@@ -105,6 +108,8 @@ class Inbox:
     def _serve(self) -> None:
         try:
             while not self._is_closing.is_set():
+                if self._watch:
+                    self._watch.beat()
                 arrived = self._drain()
                 with self._ledger.transaction():
                     replies = [reply for peer, frames in arrived if (reply := self._handle(peer, frames))]
@@ -116,6 +121,8 @@ class Inbox:
             with self._ledger.changed:
                 self._ledger.changed.notify_all()
         finally:
+            if self._watch:
+                self._watch.rest()  # a failure that is stored ends with its own line
             self._socket.close()
 
     def _drain(self) -> list[tuple[bytes, list[bytes]]]:

@@ -32,6 +32,7 @@ def open_experts(config: Config, chat: Chat) -> ExpertStore | None:
         return None
     path = store_path(config)
     store = ExpertStore(path)
+    store.check()
     if not store.row_ids():
         raise OperatorError(f"expert.path: {path} holds no rows, expected at least one (see chord-expert import)")
     for row in store.rows():

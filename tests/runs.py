@@ -137,6 +137,6 @@ def audit_groups(folder: Path) -> list[dict[str, Any]]:
 def audit(folder: Path) -> dict[str, Any]:
     """What chord-audit says of a run; a fault in it is printed."""
     done = run_module("learner.audit", str(folder), "--json", check=False)
-    report = json.loads(done.stdout) if done.stdout else {"faults": [done.stderr]}
-    assert (done.returncode == 0) == (not report["faults"]), done.stderr
+    report = json.loads(done.stdout) if done.stdout else {"violations": [done.stderr]}
+    assert (done.returncode == 0) == (not report["violations"]), done.stderr
     return report

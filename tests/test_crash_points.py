@@ -30,10 +30,10 @@ def test_nothing_acknowledged_is_lost_and_nothing_half_written_is_used(fault: st
 @pytest.mark.parametrize(
     ("writer", "fault"),
     [
-        pytest.param("ledger", "EIO once", marks=pytest.mark.xfail(reason="EIO on the mark is not one line yet")),
+        ("ledger", "EIO once"),
         ("ledger", "full disk"),
         ("checkpoint", "full disk"),
-        pytest.param("checkpoint", "EIO once", marks=pytest.mark.xfail(reason="EIO is not one line yet")),
+        ("checkpoint", "EIO once"),
     ],
 )
 def test_a_disk_that_refuses_is_one_line_for_the_operator(writer: str, fault: str, scratch: Path) -> None:

@@ -20,6 +20,7 @@ from actors.engine import Answer, Engine, FinishReason, SamplingParameters
 from actors.engines.choose import make_engine
 from actors.engines.transformers import draw
 from common.config.schema import Actor, EngineKind
+from common.errors import WaitTimeout
 from common.weights.snapshot import Snapshot, write_snapshot
 
 VOCAB_SIZE = 320
@@ -124,6 +125,12 @@ def test_versions_rise_in_flight_and_never_fall(kind: EngineKind, policies: Poli
     within_a_minute(run)
 
 
+async def until_running(engine: Engine, count: int) -> None:
+    """Returns once `count` answers are under way."""
+    while engine.num_running < count:
+        await asyncio.sleep(0)
+
+
 async def sample_through_loads(engine: Engine, snapshots: dict[int, Snapshot]) -> tuple[list[Answer], int]:
     """Answers to four prompts while weights change again and again: odd versions are policy 1, even ones policy 2."""
     await engine.load(snapshots[1])
@@ -132,7 +139,8 @@ async def sample_through_loads(engine: Engine, snapshots: dict[int, Snapshot]) -
     while not answers.done():
         step += 1
         await engine.load(at_step(snapshots[2 - step % 2], step))
-        await asyncio.sleep(0.02)
+        for _ in range(4):  # rounds of the engine's loop
+            await engine.probe()
     return await answers, step
 
 
@@ -147,7 +155,7 @@ def test_a_load_not_in_flight_lets_answers_end_first(kind: EngineKind, policies:
         async with running(kind, policies, frozenset()) as engine:
             await engine.load(policies.snapshots[1])
             answer = asyncio.create_task(engine.sample([60], SamplingParameters(1.0, 100, 1)))
-            await asyncio.sleep(0.03)
+            await until_running(engine, 1)
             await engine.load(policies.snapshots[2], in_flight=False)
             assert engine.version == policies.snapshots[2].version
             after = await engine.sample([60], SamplingParameters(1.0, 5, 1))
@@ -256,13 +264,51 @@ def test_closing_ends_the_answers_of_transformers(policies: Policies):
         async with running(EngineKind.TRANSFORMERS, policies, frozenset()) as engine:
             await engine.load(policies.snapshots[1])
             answers = [asyncio.create_task(engine.sample([60], SamplingParameters(1.0, 250))) for _ in range(80)]
-            await asyncio.sleep(0.05)
+            await until_running(engine, 1)
         results = await asyncio.gather(*answers, return_exceptions=True)
         assert {str(result) for result in results if isinstance(result, RuntimeError)} == {
             "transformers: the engine is closed"
         }
         with pytest.raises(RuntimeError, match="closed"):
             await engine.sample([60], SamplingParameters(1.0, 1))
+
+    within_a_minute(run)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_probe_is_answered_idle_at_work_and_after_a_failed_load(kind: EngineKind, policies: Policies, tmp_path: Path):
+    async def run() -> None:
+        async with running(kind, policies, frozenset()) as engine:
+            await engine.probe()
+            await engine.load(policies.snapshots[1])
+            answer = asyncio.create_task(engine.sample([60], SamplingParameters(1.0, 100, 1)))
+            await until_running(engine, 1)
+            with pytest.raises(FileNotFoundError):
+                await engine.load(dataclasses.replace(policies.snapshots[2], path=tmp_path / "absent"))
+            await engine.probe()
+            await answer
+            await engine.probe()
+            assert engine.num_running == 0
+
+    within_a_minute(run)
+
+
+def test_a_load_that_takes_too_long_is_named(policies: Policies):
+    async def run() -> None:
+        actor = ACTOR.model_copy(update={"load_timeout_s": 0.2, "tokens_per_s": 0.001})
+        engine = make_engine(
+            EngineKind.SIMULATED, model_path=policies.folders[1], actor=actor, vocab_size=VOCAB_SIZE,
+            end_tokens=frozenset(),
+        )  # fmt: skip
+        await engine.load(policies.snapshots[1])
+        answer = asyncio.create_task(engine.sample([60], SamplingParameters(1.0, 100, 1)))
+        await until_running(engine, 1)
+        with pytest.raises(
+            WaitTimeout, match=r"for the end of running answers \(version 2 .* from the simulated engine"
+        ):
+            await engine.load(policies.snapshots[2], in_flight=False)
+        assert engine.version == policies.snapshots[1].version
+        answer.cancel()
 
     within_a_minute(run)
 

@@ -27,7 +27,7 @@ def test_a_run_killed_twice_is_bit_for_bit_the_one_that_was_not(tiny_model: Path
         run.finish()
     assert read_summary(run.folder)["incarnations"] == 3
     report = audit(run.folder)
-    assert report["faults"] == []
+    assert report["violations"] == []
     assert (report["steps"], report["lost"], report["duplicates"]) == (14, 0, 0)
     replayed = run_module("learner", "--replay", str(run.folder)).stdout
     assert "replayed steps 1 to 14: bit for bit, 14 versions" in replayed
@@ -50,7 +50,7 @@ def test_a_run_is_taken_back_and_goes_on_otherwise(tiny_model: Path, tmp_path: P
     with LocalRun(config) as run:
         run.finish()
     report = audit(run.folder)
-    assert report["faults"] == []
+    assert report["violations"] == []
     assert report["steps"] == 7
     assert [line["step"] for line in read_lines(run.folder / "metrics.jsonl")] == list(range(1, 8))
 
@@ -59,13 +59,13 @@ def test_an_audit_names_what_does_not_add_up(tiny_model: Path, tmp_path: Path) -
     config = write_simulated_config(tmp_path, tiny_model, num_steps=3)
     with LocalRun(config) as run:
         run.finish()
-    assert audit(run.folder)["faults"] == []
+    assert audit(run.folder)["violations"] == []
     table = run_module("learner.audit", str(run.folder)).stdout
     assert "every lease and trajectory is accounted for" in table
     lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run.folder / "metrics.jsonl").write_text(lines[0] + lines[1].replace('"reward_mean"', '"reward_mean "') + lines[2])
     assert any(
-        "metrics.jsonl: its 3 lines are not the 3 of the ledger" in fault for fault in audit(run.folder)["faults"]
+        "metrics.jsonl: its 3 lines are not the 3 of the ledger" in fault for fault in audit(run.folder)["violations"]
     )
     with sqlite3.connect(run.folder / "ledger.sqlite") as ledger:
         ledger.create_function("row_digest", -1, lambda *_: b"forged", deterministic=True)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 
 from actors.engines.transformers import TransformersEngine
 from actors.environment import SingleTurn
+from actors.guard import EngineGuard
 from actors.rollout import Rollout
 from common.chat import Chat, ChatMessage
 from common.config.schema import Actor
@@ -41,10 +43,9 @@ class Digits(SingleTurn[int]):
 async def train(model_path: Path, folder: Path, *, sign: float) -> list[float]:
     """Mean reward of each step of synchronous GRPO, the advantages times `sign`."""
     chat = Chat(model_path)
-    engine = TransformersEngine(
-        model_path, actor=Actor(dtype="float32"), vocab_size=chat.vocab_size, end_tokens=chat.end_tokens
-    )
-    rollout = Rollout(engine, Digits(), chat, max_model_tokens=128)
+    actor = Actor(dtype="float32", max_model_tokens=128)
+    engine = TransformersEngine(model_path, actor=actor, vocab_size=chat.vocab_size, end_tokens=chat.end_tokens)
+    rollout = Rollout(EngineGuard(engine, actor, CollectorRegistry()), Digits(), chat, actor)
     model = load_policy_model(model_path, dtype=torch.float32, head_chunk_tokens=512)
     objective = Objective(Correction(kind="tis"), "none")
     learner = TrainEngine(

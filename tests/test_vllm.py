@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_model import make_tiny_model, replay, snapshot_of
 
-from actors.engine import Answer, FinishReason, SamplingParameters
+from actors.engine import Answer, EngineDead, FinishReason, SamplingParameters
 from actors.engines.vllm import VllmEngine
 from common.config.schema import Actor
 from common.weights.snapshot import Snapshot
@@ -83,6 +83,19 @@ def at_step(snapshot: Snapshot, step: int) -> Snapshot:
     return dataclasses.replace(snapshot, manifest=dataclasses.replace(snapshot.manifest, version=version))
 
 
+async def rounds(engine: VllmEngine, count: int) -> None:
+    """Returns once the engine's loop has come round `count` times."""
+    for _ in range(count):
+        await engine.probe()
+
+
+async def until_running(engine: VllmEngine, count: int) -> None:
+    """Returns once `count` answers have tokens: they have reached the engine process, and it has made steps since."""
+    while engine.num_running < count:
+        await asyncio.sleep(0)
+    await rounds(engine, 3)
+
+
 def assert_replays(answer: Answer, prompt: list[int], folders: dict[int, Path], temperature: float = 0.0) -> None:
     """Each log-prob is the reference's, for the weights that its version names, on the keys and values before it."""
     logits = replay(folders, prompt, answer.tokens.tolist(), answer.versions.tolist())
@@ -137,7 +150,7 @@ def test_weights_change_between_two_tokens_and_the_versions_say_where(bench: Ben
         answers = asyncio.gather(*(bench.engine.sample(prompt, SamplingParameters(0.0, 200)) for prompt in prompts))
         step = 1
         while not answers.done():
-            await asyncio.sleep(0.2)
+            await rounds(bench.engine, 20)
             step += 1
             await bench.engine.load(at_step(bench.snapshots[2 - step % 2], step))
         return await answers, step
@@ -154,9 +167,9 @@ def test_a_load_not_in_flight_lets_answers_end_first(bench: Bench):
     async def run() -> tuple[Answer, Answer]:
         await bench.engine.load(bench.snapshots[1])
         running = asyncio.create_task(bench.engine.sample([4], SamplingParameters(0.0, 200)))
-        await asyncio.sleep(0.1)
+        await until_running(bench.engine, 1)
         load = asyncio.create_task(bench.engine.load(bench.snapshots[2], in_flight=False))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)  # the load has its turn first
         after = asyncio.create_task(bench.engine.sample([4], SamplingParameters(0.0, 20)))
         await load
         assert running.done()
@@ -205,7 +218,7 @@ def test_a_load_that_fails_half_way_samples_nothing_until_one_succeeds(
     async def run() -> Answer:
         await bench.engine.load(bench.snapshots[1])
         running = asyncio.create_task(bench.engine.sample([4], SamplingParameters(0.0, 400)))
-        await asyncio.sleep(0.1)
+        await until_running(bench.engine, 1)
         with pytest.raises(Exception, match="collective_rpc"):
             await bench.engine.load(dataclasses.replace(bench.snapshots[2], path=tmp_path / "wrong"))
         assert bench.engine.version is None
@@ -230,6 +243,24 @@ def test_a_caller_that_gives_up_on_a_load_leaves_the_engine_sampling(bench: Benc
     answer = bench.run(run)
     assert set(answer.versions.tolist()) == {2}
     assert_replays(answer, [4], bench.folders)
+
+
+def test_an_engine_process_that_is_killed_is_told_by_answers_and_probes(bench: Bench):
+    """The last one that uses the bench: no answer comes of it afterwards."""
+
+    async def run() -> None:
+        await bench.engine.load(bench.snapshots[1])
+        await bench.engine.probe()
+        running = asyncio.create_task(bench.engine.sample([4], SamplingParameters(0.0, 400)))
+        await until_running(bench.engine, 1)
+        (core,) = engine_processes(os.getpid())
+        os.kill(core, signal.SIGKILL)
+        with pytest.raises(EngineDead, match="its engine process has ended"):
+            await running
+        with pytest.raises(EngineDead, match="its engine process has ended"):
+            await bench.engine.probe()
+
+    bench.run(run)
 
 
 OWNER = """

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from actors.engine import Answer, FinishReason, SamplingParameters, check_prompt
 from common.config.schema import Actor
 from common.version import Version
+from common.wait import wait_for
 from common.weights.snapshot import Snapshot
 
 TICK_S = 0.05
@@ -39,6 +40,10 @@ class SimulatedEngine:
     def version(self) -> Version | None:
         return self._version
 
+    @property
+    def num_running(self) -> int:
+        return self._num_running
+
     async def start(self) -> None: ...
 
     async def load(self, snapshot: Snapshot, *, in_flight: bool = True) -> None:
@@ -47,7 +52,10 @@ class SimulatedEngine:
             if not in_flight:
                 self._is_open.clear()
                 try:
-                    await self._is_idle.wait()
+                    await wait_for(
+                        self._is_idle.wait(), f"the end of running answers ({snapshot.version})",
+                        whom="the simulated engine", limit_s=self._actor.load_timeout_s,
+                    )  # fmt: skip
                 finally:
                     self._is_open.set()
             self._version = snapshot.version
@@ -92,5 +100,8 @@ class SimulatedEngine:
                 raise RuntimeError("simulated: no weights are loaded")
             versions += [self._version.step] * (min(int(num_due), num_tokens) - len(versions))
         return np.asarray(versions, dtype=np.int32)
+
+    async def probe(self) -> None:
+        await asyncio.sleep(TICK_S)
 
     async def close(self) -> None: ...

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from actors.engine import Answer, FinishReason, SamplingParameters, check_prompt
+from actors.engine import Answer, EngineDead, FinishReason, SamplingParameters, check_prompt
 from common.config.schema import Actor
 from common.version import Version
+from common.wait import wait_for
 from common.weights.snapshot import Snapshot
 
 MAX_ROWS = 64
@@ -84,6 +85,8 @@ class TransformersEngine:
         self._version: Version | None = None
         self._rows: deque[Row] = deque()
         self._loads: deque[Load] = deque()
+        self._probes: deque[Future[None]] = deque()
+        self._num_running = 0
         self._started: Future[None] = Future()
         self._has_work = threading.Event()
         self._is_closing = False
@@ -93,9 +96,13 @@ class TransformersEngine:
     def version(self) -> Version | None:
         return self._version
 
+    @property
+    def num_running(self) -> int:
+        return self._num_running
+
     async def start(self) -> None:
         self._thread.start()
-        await asyncio.wrap_future(self._started)
+        await asyncio.shield(asyncio.wrap_future(self._started))
 
     async def load(self, snapshot: Snapshot, *, in_flight: bool = True) -> None:
         self._refuse_if_closed()
@@ -103,7 +110,10 @@ class TransformersEngine:
         self._loads.append(load)
         self._has_work.set()
         # Shielded: a caller that gives up does not undo a load that has begun.
-        await asyncio.shield(asyncio.wrap_future(load.future))
+        await wait_for(
+            asyncio.shield(asyncio.wrap_future(load.future)), f"{snapshot.version} to be loaded",
+            whom="the transformers engine", limit_s=self._actor.load_timeout_s,
+        )  # fmt: skip
 
     async def sample(self, prompt: Sequence[int], sampling: SamplingParameters) -> Answer:
         self._refuse_if_closed()
@@ -115,10 +125,19 @@ class TransformersEngine:
         self._has_work.set()
         return await asyncio.wrap_future(row.future)
 
+    async def probe(self) -> None:
+        if not self._thread.is_alive():
+            raise EngineDead("its thread has ended")
+        if not self._loads:
+            probe: Future[None] = Future()
+            self._probes.append(probe)
+            self._has_work.set()
+            await asyncio.wrap_future(probe)
+
     async def close(self) -> None:
         self._is_closing = True
         self._has_work.set()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._started.done():
             await asyncio.to_thread(self._thread.join)
 
     def _refuse_if_closed(self) -> None:
@@ -136,18 +155,26 @@ class TransformersEngine:
         while not self._is_closing:
             self._has_work.wait()
             self._has_work.clear()
+            self._answer_probes()
             time.sleep(COLLECT_S)
             self._apply_loads(is_between_batches=True)
             while self._rows and not self._is_closing:
                 self._decode([self._rows.popleft() for _ in range(min(MAX_ROWS, len(self._rows)))])
                 self._apply_loads(is_between_batches=True)
+        self._answer_probes()
         for waiting in (*self._rows, *self._loads):
             if waiting.future.set_running_or_notify_cancel():
                 waiting.future.set_exception(RuntimeError(CLOSED))
 
+    def _answer_probes(self) -> None:
+        while self._probes:
+            probe = self._probes.popleft()
+            if probe.set_running_or_notify_cancel():
+                probe.set_result(None)
+
     def _apply_loads(self, *, is_between_batches: bool) -> None:
         while self._loads and (is_between_batches or self._loads[0].in_flight):
-            load = self._loads.popleft()
+            load = self._loads[0]
             try:
                 copy_weights(load.snapshot.path, self._model)
             except Exception as error:
@@ -155,6 +182,8 @@ class TransformersEngine:
             else:
                 self._version = load.snapshot.version
                 load.future.set_result(None)
+            finally:
+                self._loads.popleft()
 
     def _decode(self, rows: list[Row]) -> None:
         """Decode `rows` to their ends; what goes wrong ends all of them."""
@@ -166,6 +195,8 @@ class TransformersEngine:
             for row in rows:
                 if not row.future.done():
                     row.future.set_exception(error)
+        finally:
+            self._num_running = 0
 
     def _decode_batch(self, rows: list[Row]) -> None:
         device = self._model.device
@@ -173,6 +204,7 @@ class TransformersEngine:
         cache = DynamicCache(config=self._model.config)
         while rows:
             self._refuse_if_closed()
+            self._answer_probes()
             self._apply_loads(is_between_batches=False)
             if self._version is None:
                 raise RuntimeError("transformers: no weights are loaded")
@@ -185,6 +217,7 @@ class TransformersEngine:
                 if not row.future.done():
                     row.append(token, logprob, self._version.step, is_end=token in self._end_tokens)
             live = [index for index, row in enumerate(rows) if not row.future.done()]
+            self._num_running = len(live)
             if len(live) <= SHRINK_FRAC * len(rows):
                 kept = torch.tensor(live, dtype=torch.long, device=device)
                 cache.batch_select_indices(kept)

@@ -16,18 +16,22 @@ import itertools
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+import threading
+from collections.abc import Awaitable, Generator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.engine import Answer, FinishReason, SamplingParameters, check_prompt
+from actors.engine import Answer, EngineDead, FinishReason, SamplingParameters, check_prompt
 from actors.engines.vllm_weights import BACKEND, Owner, read_shapes
 from common.config.schema import Actor
 from common.errors import OperatorError
 from common.version import Version
+from common.wait import wait_for
 from common.weights.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 
 TESTED_RELEASE = ("0", "32")
 HEAD = "lm_head.weight"
+START_THREAD = "vllm-start"
 
 
 class VllmEngine:
@@ -51,7 +56,7 @@ class VllmEngine:
         self._end_tokens = sorted(end_tokens)
         self._llm: AsyncLLM | None = None
         self._version: Version | None = None
-        self._num_loads = 0
+        self._num_loads = self._num_running = 0
         self._request_ids = itertools.count()
         self._load_turn = asyncio.Lock()
         self._is_open = asyncio.Event()
@@ -62,15 +67,27 @@ class VllmEngine:
     def version(self) -> Version | None:
         return self._version
 
+    @property
+    def num_running(self) -> int:
+        return self._num_running
+
     async def start(self) -> None:
         check_installation()
         set_environment(self._actor.num_threads)
-        await asyncio.to_thread(self._start)
+        started: Future[None] = Future()
+        # A thread that no exit waits for: a start cannot be cancelled, and an actor that is refused leaves at once.
+        threading.Thread(target=self._start, args=(started,), name=START_THREAD, daemon=True).start()
+        await asyncio.shield(asyncio.wrap_future(started))
 
-    def _start(self) -> None:
+    def _start(self, started: "Future[None]") -> None:
         # Set here, not returned: vLLM keeps the frames that it was started from alive, and an AsyncLLM in one of them
         # would be finalised too late, with an error.
-        self._llm = start_vllm(self._model_path, self._actor)
+        try:
+            self._llm = start_vllm(self._model_path, self._actor)
+        except Exception as error:
+            started.set_exception(error)
+        else:
+            started.set_result(None)
 
     async def load(self, snapshot: Snapshot, *, in_flight: bool = True) -> None:
         assert self._llm is not None, "load before start"
@@ -78,29 +95,36 @@ class VllmEngine:
             tied = self._llm.model_config.hf_config.tie_word_embeddings
             check_tensors(snapshot.path, self._model_path, optional={HEAD} if tied else set())
             # Shielded: a caller that gives up must not leave vLLM paused or half loaded.
-            await asyncio.shield(self._swap(self._llm, snapshot, mode="keep" if in_flight else "wait"))
+            with named_death():
+                await asyncio.shield(self._swap(self._llm, snapshot, mode="keep" if in_flight else "wait"))
 
     async def _swap(self, llm: "AsyncLLM", snapshot: Snapshot, *, mode: Any) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+        step = snapshot.version.step
+        update = WeightTransferUpdateRequest({"path": str(snapshot.path.resolve())})
         self._is_open.clear()
         try:
-            await llm.pause_generation(mode=mode, clear_cache=False)
+            await self._within(llm.pause_generation(mode=mode, clear_cache=False), f"a pause (version {step})")
             try:
-                await llm.start_weight_update()
-                await llm.update_weights(WeightTransferUpdateRequest({"path": str(snapshot.path.resolve())}))
-                await llm.finish_weight_update(weight_version=label_of(snapshot.version))
+                await self._within(llm.start_weight_update(), f"the begin of an update (version {step})")
+                await self._within(llm.update_weights(update), f"an update of its weights (version {step})")
+                label = label_of(snapshot.version)
+                await self._within(llm.finish_weight_update(weight_version=label), f"an update's end (version {step})")
             except Exception:
                 self._version = (
                     None  # the tensors were right, so the weights are half loaded: no token may come of them
                 )
-                await llm.pause_generation(mode="abort")
+                await self._within(llm.pause_generation(mode="abort"), "the end of answers on half loaded weights")
                 raise
             self._version = snapshot.version
             self._num_loads += 1
-            await llm.resume_generation()
+            await self._within(llm.resume_generation(), f"a new begin (version {step})")
         finally:
             self._is_open.set()
+
+    async def _within(self, awaited: Awaitable[None], phase: str) -> None:
+        await wait_for(awaited, phase, whom="the vllm engine", limit_s=self._actor.load_timeout_s)
 
     async def sample(self, prompt: Sequence[int], sampling: SamplingParameters) -> Answer:
         from vllm.inputs.engine import tokens_input
@@ -112,8 +136,20 @@ class VllmEngine:
             raise RuntimeError("vllm: no complete weights are loaded")
         request = tokens_input(list(prompt), cache_salt=str(self._num_loads))
         request_id = str(next(self._request_ids))
-        outputs = [out async for out in self._llm.generate(request, self._parameters(sampling), request_id)]
+        self._num_running += 1
+        try:
+            with named_death():
+                outputs = [out async for out in self._llm.generate(request, self._parameters(sampling), request_id)]
+        finally:
+            self._num_running -= 1
         return to_answer(outputs[-1].outputs[0])
+
+    async def probe(self) -> None:
+        assert self._llm is not None, "probe before start"
+        if self._is_open.is_set():
+            with named_death():
+                await self._llm.check_health()
+                await self._llm.is_paused()  # a round trip: the engine process answers between two steps
 
     def _parameters(self, sampling: SamplingParameters) -> "SamplingParams":
         from vllm import SamplingParams
@@ -135,6 +171,17 @@ class VllmEngine:
         if llm is not None:
             logging.getLogger("vllm").setLevel(logging.CRITICAL)  # it reports the end that it was asked for as a death
             await asyncio.to_thread(llm.shutdown)
+
+
+@contextmanager
+def named_death() -> Generator[None]:
+    """vLLM's own words for it point to a stack trace."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDead("its engine process has ended") from error
 
 
 def check_installation() -> None:

@@ -1,6 +1,7 @@
 """`chord-eval`: scores a run's versions on held-out problems, or one model folder with --model."""
 
 import asyncio
+import logging
 import re
 import tempfile
 from pathlib import Path
@@ -14,13 +15,13 @@ from common.command import (
     OverridesArgument,
     new_command,
     resolve_or_check,
-    run_command,
     start_logging,
 )
 from common.config.schema import Config
 from common.model_folder import require_model_folder
 from common.run_dir import RunDir
 
+log = logging.getLogger(__name__)
 app = new_command("The evaluator: scores versions of a run, or one model folder, on held-out problems.")
 
 
@@ -43,7 +44,7 @@ def evaluator(
     if not model:
         check_address(resolved)
     start_logging(name or "evaluator")
-    with RunDir(Path(resolved.run.dir)).explains_full_disk():
+    with RunDir(Path(resolved.run.dir)).explains_bad_disk():
         asyncio.run(score_folder(resolved) if model else serve(resolved, name or default_name(Role.EVALUATOR)))
 
 
@@ -53,15 +54,16 @@ async def serve(config: Config, name: str) -> None:
     from actors.evaluator.service import EvaluationService
     from actors.fitter import Fitter
     from actors.link import LearnerLink
+    from actors.pulse import Pulse
     from actors.start import make_hello, make_parts, on_stop, serve_peer_metrics
     from common.wire.messages import Role
 
-    parts = make_parts(config, config.eval.engine or config.actor.engine)
+    pulse = Pulse(config, "evaluator")
     metrics = EvaluatorMetrics()
+    parts = make_parts(config, config.eval.engine or config.actor.engine, metrics.registry)
     serve_peer_metrics(
         metrics.registry, host=config.learner.metrics_host, port=config.eval.metrics_port, key="eval.metrics_port"
     )
-    await parts.engine.start()
     link = LearnerLink(config.network, make_hello(config, name=name, role=Role.EVALUATOR, engine=parts.engine))
     fitter = Fitter(
         parts.engine,
@@ -72,25 +74,29 @@ async def serve(config: Config, name: str) -> None:
     )
     service = EvaluationService(
         parts, link, fitter, sampling_of(config), task=task_of(config), num_problems=config.eval.num_problems,
-        max_concurrency=config.eval.max_concurrency, metrics=metrics,
+        max_concurrency=config.eval.max_concurrency, drain_s=config.actor.drain_s, metrics=metrics, show=pulse.show,
     )  # fmt: skip
-    on_stop(service.stop)
+    on_stop(service.drain)
+    beating = asyncio.create_task(pulse.keep(), name="pulse")
     try:
-        await service.run()
+        log.info("leaving: %s", await service.run())
     finally:
+        pulse.leave()
         await fitter.close()
         await link.close()
         await parts.engine.close()
+        beating.cancel()
 
 
 async def score_folder(config: Config) -> None:
     """Score config.model.path once and print the result."""
     from actors.evaluator.evaluate import evaluate
     from actors.evaluator.folder import snapshot_of_folder
+    from actors.evaluator.metrics import EvaluatorMetrics
     from actors.start import make_parts
 
-    parts = make_parts(config, config.eval.engine or config.actor.engine)
-    await parts.engine.start()
+    parts = make_parts(config, config.eval.engine or config.actor.engine, EvaluatorMetrics().registry)
+    await parts.guard.start()
     try:
         with tempfile.TemporaryDirectory() as scratch:
             await parts.engine.load(snapshot_of_folder(Path(config.model.path), Path(scratch)))
@@ -124,7 +130,9 @@ def task_of(config: Config) -> str:
 
 
 def main() -> None:
-    run_command("chord-eval", app)
+    from actors.start import run_peer
+
+    run_peer("chord-eval", app)
 
 
 if __name__ == "__main__":

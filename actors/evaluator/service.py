@@ -2,23 +2,24 @@
 acknowledged.
 
 Consumes the learner's evaluations; waits a second between questions; never holds up training: the version stays
-pinned meanwhile.
+pinned meanwhile. Beside that its engine is started and watched.
 """
 
 import asyncio
 import logging
-from contextlib import suppress
+from collections.abc import Callable
 
 from actors.engine import SamplingParameters
 from actors.evaluator.evaluate import evaluate
 from actors.evaluator.metrics import EvaluatorMetrics
 from actors.fitter import Fitter
+from actors.guard import SamplingFailed
 from actors.link import LearnerLink
-from actors.start import Parts
-from common.errors import ComponentFailure, OperatorError
+from actors.standing import Standing
+from actors.start import Parts, cancel_all, raise_one_line, say_goodbye
 from common.version import Version
 from common.weights.client import FetchCancelled, VersionGone
-from common.wire.messages import ActorState, EvaluationResult, Goodbye, Receipt, Work, WorkRequest
+from common.wire.messages import ActorState, EvaluationResult, Receipt, Work, WorkRequest
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,11 @@ class EvaluationService:
         task: str,
         num_problems: int,
         max_concurrency: int,
+        drain_s: float,
         metrics: EvaluatorMetrics,
+        show: Callable[[ActorState, str], None] = lambda *_: None,
     ) -> None:
+        """`show` is called with the state and a detail before every question."""
         self._parts = parts
         self._link = link
         self._fitter = fitter
@@ -47,49 +51,96 @@ class EvaluationService:
         self._task = task
         self._num_problems = num_problems
         self._max_concurrency = max_concurrency
+        self._drain_s = drain_s
         self._metrics = metrics
-        self._serving: asyncio.Task[None] | None = None
+        self._show = show
+        self._standing = Standing(parts.engine, parts.guard, link)
+        self._evaluating: asyncio.Task[None] | None = None
+        self._fitting: Version | None = None
+        self._drain = asyncio.Event()
 
-    def stop(self) -> None:
-        """End now; an evaluation in progress stays owed."""
-        if self._serving:
-            self._serving.cancel()
+    def drain(self) -> None:
+        """Begin no more evaluations, end the one in progress and leave. Called again: leave; it stays owed."""
+        if self._drain.is_set() and self._evaluating:
+            self._evaluating.cancel()
+        self._drain.set()
 
-    async def run(self) -> None:
-        """Serve until the run is over, or `stop`."""
-        self._serving = asyncio.create_task(self._serve_run(), name="evaluations")
-        await asyncio.wait([self._serving])
-        if not self._serving.cancelled():
-            self._serving.result()
-        with suppress(TimeoutError, OperatorError, ComponentFailure):
-            async with asyncio.timeout(2.0):
-                await self._link.ask(Goodbye(reason="done"), Receipt, phase="a goodbye")
+    async def run(self) -> str:
+        """Serve until the run is over or `drain`; returns why it ended. Raises OperatorError on the learner's final
+        word, ComponentFailure where a part fails."""
+        tasks = [
+            asyncio.create_task(self._serve_run(), name="evaluations"),
+            asyncio.create_task(self._tend_engine(), name="engine"),
+            asyncio.create_task(self._drain_when_asked(), name="drain"),
+        ]
+        try:
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await cancel_all([*tasks, *([self._evaluating] if self._evaluating else [])])
+        failure = next((error for task in ended if (error := task.exception())), None)
+        reason = str(failure or next(task.result() for task in ended))
+        await say_goodbye(self._link, reason)
+        if failure:
+            raise_one_line(failure)
+        return reason
 
-    async def _serve_run(self) -> None:
+    async def _tend_engine(self) -> None:
+        await self._parts.guard.start()
+        await self._parts.guard.watch()
+
+    async def _drain_when_asked(self) -> str:
+        """Wait for `drain`, then for the evaluation in progress, `drain_s` at most."""
+        await self._drain.wait()
+        if self._evaluating:
+            _, unfinished = await asyncio.wait([self._evaluating], timeout=self._drain_s)
+            if unfinished:
+                log.warning("drained for %.0f s, actor.drain_s: the evaluation in progress stays owed", self._drain_s)
+        return "asked to stop"
+
+    async def _serve_run(self) -> str:
+        """Ask every second, during an evaluation too, so that the learner knows the evaluator alive."""
         while True:
-            work = await self._ask(ActorState.SERVING if self._parts.engine.version else ActorState.FITTING)
-            if work.evaluation:
-                await self._serve(work.evaluation)
+            work = await self._ask()
+            self._standing.compare(work.newest)
+            if self._evaluating and self._evaluating.done():
+                await self._conclude(self._evaluating)
+                self._evaluating = None
                 continue
-            if work.is_finished:
-                return
+            if not self._evaluating:
+                if work.evaluation and self._parts.guard.is_started and not self._drain.is_set():
+                    self._evaluating = asyncio.create_task(self._evaluate(work.evaluation), name="evaluation")
+                elif work.is_finished and not work.evaluation:
+                    return "the run is over"
+            if self._evaluating:
+                await asyncio.wait([self._evaluating], timeout=QUESTION_S)
+            else:
+                await asyncio.sleep(QUESTION_S)
+
+    async def _conclude(self, evaluating: "asyncio.Task[None]") -> None:
+        """Raise what must end the evaluator; pause after what may be tried again."""
+        try:
+            await evaluating
+        except (VersionGone, FetchCancelled):
+            log.warning("the version to evaluate is no longer kept: not evaluated")
+            await asyncio.sleep(QUESTION_S)
+        except SamplingFailed as failure:
+            log.warning("an evaluation failed and is owed still: %s", failure)
             await asyncio.sleep(QUESTION_S)
 
-    async def _serve(self, version: Version) -> None:
-        """Evaluate `version`, reporting every second meanwhile, so that the learner knows the evaluator alive."""
-        evaluating = asyncio.create_task(self._evaluate(version))
-        try:
-            while not evaluating.done():
-                await asyncio.wait([evaluating], timeout=QUESTION_S)
-                await self._ask(ActorState.SERVING)
-            evaluating.result()
-        except (VersionGone, FetchCancelled):
-            log.warning("%s is no longer kept: not evaluated", version)
-        finally:
-            evaluating.cancel()
+    @property
+    def state(self) -> ActorState:
+        if self._drain.is_set():
+            return ActorState.DRAINING
+        if self._parts.guard.is_started and self._evaluating:
+            return ActorState.FITTING if self._fitting else ActorState.SERVING
+        return self._standing.state
 
     async def _evaluate(self, version: Version) -> None:
-        await self._fitter.fit(version)
+        self._fitting = version
+        try:
+            await self._fitter.fit(version)
+        finally:
+            self._fitting = None
         score = await evaluate(
             self._parts, self._sampling, num_problems=self._num_problems, max_concurrency=self._max_concurrency
         )
@@ -106,6 +157,9 @@ class EvaluationService:
         self._metrics.observe(version, score)
         log.info("%s: accuracy %.3f (%d of %d)", version, score.accuracy, score.num_correct, score.num_problems)
 
-    async def _ask(self, state: ActorState) -> Work:
-        request = WorkRequest(state=state, capacity=0, serving=self._parts.engine.version)
-        return await self._link.ask(request, Work, phase="an evaluation")
+    async def _ask(self) -> Work:
+        version = self._parts.engine.version
+        self._show(self.state, f"{version}" if version else "no version yet")
+        return await self._link.ask(
+            WorkRequest(state=self.state, capacity=0, serving=version), Work, phase="an evaluation"
+        )

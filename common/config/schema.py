@@ -36,6 +36,12 @@ class Run(Section):
     dir: str = Field("runs/default", min_length=1, description="run directory: everything a run writes lies here")
     seed: Count = Field(0, description="seeds prompts, sampling, expert order and initial random states")
     num_actors: Count = Field(2, description="actor processes that chord-local starts")
+    watchdog_s: Seconds = Field(60.0, description="a component stuck or without a sign of life for longer is ended")
+    first_sign_s: Seconds = Field(
+        300.0, description="longest time from a component's start to its first sign of life, to chord-local"
+    )
+    max_crashes: Count = Field(5, description="crashes of one component in crash_window_s that chord-local mends")
+    crash_window_s: Seconds = Field(300.0, description="crashes longer ago are forgiven")
 
 
 class Model(Section):
@@ -57,6 +63,14 @@ class Actor(Section):
     gpu_memory_frac: Annotated[float, Field(gt=0, le=1)] = Field(0.85, description="GPU memory a vLLM engine may take")
     num_threads: Count = Field(0, description="CPU threads of one engine; 0 leaves it to the engine")
     tokens_per_s: Annotated[float, Field(gt=0)] = Field(2000.0, description="speed of the simulated engine")
+    start_timeout_s: Seconds = Field(900.0, description="longest start of the engine")
+    load_timeout_s: Seconds = Field(
+        300.0, description="longest phase of loading a version; with swap wait, running answers end within it"
+    )
+    answer_timeout_s: Seconds = Field(1200.0, description="longest time of one answer of the engine")
+    probe_timeout_s: Seconds = Field(20.0, description="longest reply of the engine to a health check")
+    score_timeout_s: Seconds = Field(60.0, description="longest reply of an environment, scoring included")
+    drain_s: Seconds = Field(30.0, description="on SIGTERM, running groups may take so long to end and be sent")
     metrics_port: Port = Field(0, description="Prometheus port; 0 takes a free one and prints it")
 
 
@@ -158,6 +172,7 @@ class Learner(Section):
     start_timeout_s: Seconds = Field(600.0, description="longest wait for the first group of a run")
     group_timeout_s: Seconds = Field(600.0, description="longest wait for a group while training")
     eval_timeout_s: Seconds = Field(600.0, description="longest wait at the end for evaluations still running")
+    step_timeout_s: Seconds = Field(1200.0, description="longest optimizer step, checkpoint or snapshot")
 
 
 class Network(Section):

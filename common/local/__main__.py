@@ -12,7 +12,9 @@ from rich.live import Live
 from rich.text import Text
 
 from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command
+from common.config.load import resolve_config
 from common.config.schema import Config
+from common.environments import find_environment
 from common.errors import OperatorError
 from common.local.progress import Progress, describe_summary
 from common.local.supervisor import Supervisor
@@ -36,8 +38,8 @@ def local(
     fresh: bool = typer.Option(False, "--fresh", help="Delete an earlier run in run.dir and begin anew."),
 ) -> None:
     """Run learner, run.num_actors actors and an evaluator until learner.num_steps steps are done."""
+    require_parts(resolve_config(config, overrides or ()).config)
     resolved = resolve_or_check(config, overrides, check=check).config
-    require_model_folder(resolved.model.path)
     run_dir = RunDir(Path(resolved.run.dir))
     if fresh:
         run_dir.clear()
@@ -50,11 +52,21 @@ def local(
     LocalRun(resolved, run_dir).run()
 
 
+def require_parts(config: Config) -> None:
+    """What can be known to be wrong before anything is started. Raises OperatorError."""
+    require_model_folder(config.model.path)
+    if config.algorithm.trains_on_groups or config.eval.every_steps:
+        find_environment(config.environment.name)
+
+
 def steps_done(run_dir: RunDir) -> int:
     """Steps of a run that came to its end; 0 where there is none."""
     if not (run_dir.summary.exists() and run_dir.final.exists()):
         return 0
-    return int(json.loads(run_dir.summary.read_text())["steps"])
+    try:
+        return int(json.loads(run_dir.summary.read_bytes())["steps"])
+    except (ValueError, KeyError, TypeError):
+        return 0  # damaged: the learner, which knows better, writes it anew
 
 
 def with_port(config: Config) -> Config:
@@ -81,9 +93,11 @@ class LocalRun:
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress = Progress(run_dir)
         self._supervisor = Supervisor(
-            run_dir.config, run_dir.logs, num_actors=config.run.num_actors if config.algorithm.trains_on_groups else 0,
+            run_dir.config, run_dir.logs, config.run,
+            num_actors=config.run.num_actors if config.algorithm.trains_on_groups else 0,
             has_evaluator=config.eval.every_steps > 0,
             first_metrics_port=config.actor.metrics_port,
+            drain_s=config.actor.drain_s,
         )  # fmt: skip
         self._num_signals = 0
         self._peak_bytes = 0

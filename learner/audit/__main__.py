@@ -37,8 +37,8 @@ def _show(report: Report) -> None:
         table.add_row(name, value)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    for fault in report.faults:
-        console.print(f"FAULT {fault}", markup=False)
+    for line in report.violations:
+        console.print(f"VIOLATION {line}", markup=False)
     console.print("every lease and trajectory is accounted for" if report.is_clean else "the run does not add up")
 
 

@@ -20,13 +20,13 @@ from learner.ledger.account import Account, Yield
 from learner.ledger.database import Database
 from learner.ledger.history import History
 
-MAX_FAULTS = 100
-"""Faults listed at most."""
+MAX_VIOLATIONS = 100
+"""Violations listed at most."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found; `faults` is empty for a run that accounts for everything."""
+    """What was found; `violations` is empty for a run that accounts for everything."""
 
     run_id: str
     incarnations: int
@@ -48,11 +48,11 @@ class Report:
     """Step → `good`, or what is wrong with it."""
     sampled: Yield
     trained: Yield
-    faults: list[str] = field(default_factory=list[str])
+    violations: list[str] = field(default_factory=list[str])
 
     @property
     def is_clean(self) -> bool:
-        return not self.faults
+        return not self.violations
 
 
 def audit(run_dir: RunDir) -> Report:
@@ -71,9 +71,9 @@ def _report(run_dir: RunDir, database: Database) -> Report:
     account, history = Account(database), History(database)
     bound = int(database.fact("max_staleness") or 0)
     checkpoints = _checkpoints(run_dir)
-    faults = [
+    violations = [
         *_lost(database), *_twice(database), *_stale(database, bound), *_leases(database), *_batches(database, history),
-        *_bodies(database, history), *_checkpoint_faults(checkpoints, history), *_lines(run_dir, account),
+        *_bodies(database, history), *_checkpoint_violations(checkpoints, history), *_lines(run_dir, account),
         *_final(run_dir, history),
     ]  # fmt: skip
     return Report(
@@ -92,7 +92,7 @@ def _report(run_dir: RunDir, database: Database) -> Report:
         checkpoints=checkpoints,
         sampled=account.sampled(),
         trained=account.trained(),
-        faults=faults[:MAX_FAULTS],
+        violations=violations[:MAX_VIOLATIONS],
     )
 
 
@@ -194,7 +194,7 @@ def _checkpoints(run_dir: RunDir) -> dict[int, str]:
     return {one.step: found.damage(one) or "good" for one in found.all()}
 
 
-def _checkpoint_faults(checkpoints: dict[int, str], history: History) -> Iterator[str]:
+def _checkpoint_violations(checkpoints: dict[int, str], history: History) -> Iterator[str]:
     for step, state in checkpoints.items():
         if state != "good":
             yield f"checkpoint {step}: {state}"

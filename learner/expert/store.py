@@ -199,6 +199,11 @@ class ExpertStore:
         except sqlite3.DatabaseError as error:
             yield f"{self.path}: cannot be read further ({error})"
 
+    def check(self) -> None:
+        """Raises OperatorError with the first problem that `verify` finds."""
+        for problem in self.verify():
+            raise OperatorError(f"{problem.splitlines()[-1]} (expected a whole expert store: {self.path})")
+
     def fingerprint(self) -> str:
         """A hash over all messages in the order of their rows: equal for stores that a run cannot tell apart."""
         with self._reporting():

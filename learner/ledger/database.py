@@ -40,7 +40,8 @@ class Database:
     def _check_pages(self) -> None:
         faults = [fault for (fault,) in self._db.execute("PRAGMA integrity_check(1)")]
         if faults != ["ok"]:
-            raise OperatorError(f"{self.path}: is damaged ({faults[0]}), expected a whole ledger: restore run.dir")
+            fault = faults[0].splitlines()[-1]
+            raise OperatorError(f"{self.path}: is damaged ({fault}), expected a whole ledger: restore run.dir")
 
     def _check_rows(self) -> None:
         """Everything but bodies, which are checked when they are read."""

@@ -5,43 +5,55 @@ mark is written after each transaction, so a ledger that holds fewer transaction
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import OperatorError
 from learner.ledger.schema import row_digest
 
 NUM_DIGITS = 16
+LINE_BYTES = NUM_DIGITS + 18
 
 
 class Mark:
-    """One line of fixed length, written in place. It needs no sync: it may be older than the ledger, never newer."""
+    """Two lines of fixed length, written in turn, so that one is whole whenever a write is cut short.
+
+    It needs no sync: it may be older than the ledger, never newer. Raises OperatorError where the disk refuses.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with self._reporting():
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def read(self) -> int:
         """Transactions acknowledged; 0 where nothing was written yet. Raises OperatorError where it is damaged."""
-        line = os.pread(self._descriptor, 256, 0)
-        if not line:
-            return 0
-        number = line[:NUM_DIGITS]
-        if line != _line(number):
+        with self._reporting():
+            data = os.pread(self._descriptor, 2 * LINE_BYTES, 0)
+        numbers = [
+            line[:NUM_DIGITS] for line in (data[:LINE_BYTES], data[LINE_BYTES:]) if line == _line(line[:NUM_DIGITS])
+        ]
+        if len(data) > LINE_BYTES and not numbers:
             raise OperatorError(
                 f"{self._path}: is damaged, expected the count of the ledger's transactions; "
                 "delete it where the ledger beside it is known to be whole"
             )
-        return int(number)
+        return max(map(int, numbers), default=0)
 
     def write(self, number: int) -> None:
-        """Raises OperatorError where the disk refuses."""
-        try:
-            os.pwrite(self._descriptor, _line(b"%0*d" % (NUM_DIGITS, number)), 0)
-        except OSError as error:
-            raise OperatorError(f"{self._path}: {error.strerror}, expected a disk that takes writes") from error
+        with self._reporting():
+            os.pwrite(self._descriptor, _line(b"%0*d" % (NUM_DIGITS, number)), number % 2 * LINE_BYTES)
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OperatorError(f"{self._path}: {error.strerror}, expected a disk that can be written") from error
 
 
 def _line(number: bytes) -> bytes:

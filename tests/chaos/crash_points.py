@@ -77,10 +77,7 @@ class CheckpointWriter:
         shutil.copytree(self._template, folder)
 
     def write(self, folder: Path, say: Callable[[str], None]) -> None:
-        from common.run_dir import RunDir
-
-        with RunDir(folder).explains_full_disk():
-            self._save(folder, 15)
+        self._save(folder, 15)
         say("15")
 
     def check(self, folder: Path, said: Sequence[str]) -> list[str]:
@@ -109,12 +106,13 @@ class CheckpointWriter:
         checkpoints = Checkpoints(folder, keep=2)
         checkpoints.begin(step)
         partial = checkpoints.partial_path(step)
-        (partial / "state").mkdir()
         values = torch.arange(4000, dtype=torch.float32) * step
-        torch.save({"module": {"a": values, "b": values[:7]}, "step": step}, partial / "state" / "model.pt")
-        torch.save({"moments": [values * 2, values * 3]}, partial / "state" / "optimizer.pt")
-        save_file({"a": values}, partial / "policy.safetensors")
-        checkpoints.finish(step, parameters_hash=str(step))
+        with checkpoints.reporting():
+            (partial / "state").mkdir()
+            torch.save({"module": {"a": values, "b": values[:7]}, "step": step}, partial / "state" / "model.pt")
+            torch.save({"moments": [values * 2, values * 3]}, partial / "state" / "optimizer.pt")
+            save_file({"a": values}, partial / "policy.safetensors")
+        checkpoints.finish(step, parameters_hash="")
 
 
 class LedgerWriter:
@@ -134,7 +132,7 @@ class LedgerWriter:
         shutil.copytree(self._template, folder)
 
     def write(self, folder: Path, say: Callable[[str], None]) -> None:
-        from learner.ledger.ledger import Composition
+        from learner.ledger.history import Composition
 
         ledger = _open_ledger(folder)
         say("opened")

@@ -155,4 +155,4 @@ def _ask_audit(verdict: Verdict, run_dir: Path) -> None:
         return
     verdict.lost += int(found["lost"])
     verdict.duplicates += int(found["duplicates"])
-    verdict.violations += [f"chord-audit: {line}" for line in found["faults"]]
+    verdict.violations += [f"chord-audit: {line}" for line in found["violations"]]
