@@ -18,8 +18,6 @@ from tests.chaos.proxy import CALM, Weather
 from tests.chaos.shim import Kind
 from tests.chaos.site import FAR_HOSTS, Site
 
-MAX_CRASHES, CRASH_WINDOW_S = 4, 300.0
-"""chord-local gives a component up that crashes more often: the harness is not to be the reason."""
 NOTICE_LIMIT_S = 60.0
 WATCHDOG_LIMIT_S = 90.0
 """A process left stopped for longer is let go on by the harness."""
@@ -42,13 +40,11 @@ class Faults:
         self.stopped_found = Counter[str]()
         """Processes left stopped: whether somebody found and replaced them."""
         self.violations: list[str] = []
-        self._crashes: dict[str, list[float]] = {}
         self.site: Site
 
     def begin(self, site: Site) -> None:
         """The faults to come strike this run."""
         self.site = site
-        self._crashes = {}
 
     def strike(self, name: str) -> None:
         """Raises RunFailed where the run did not answer."""
@@ -76,19 +72,16 @@ class Faults:
         self._say("SIGKILL supervisor")
         self.site.components()["supervisor"].kill()
         self.kills["supervisor"] += 1
-        self._crashes = {}
         self._pass_some_steps()
 
     def kill_all(self) -> None:
         """Learner, actors, evaluator, supervisor at one moment, as when power fails."""
         self._say("SIGKILL everything")
         self.kills.update(self.site.kill_everything())
-        self._crashes = {}
         self._pass_some_steps()
 
     def kill_at_call(self) -> None:
         """The learner, somewhere within its next writes."""
-        self._allow_crash("learner")
         skip, is_torn = self._chance.randrange(400), self._chance.random() < 0.5
         self._say(f"SIGKILL learner {'within' if is_torn else 'before'} its {skip + 1}. writing call from now")
         control, before = self.site.control("learner"), self.site.pid("learner")
@@ -111,7 +104,6 @@ class Faults:
     def stop_left(self) -> None:
         """SIGSTOP without an end: somebody is to find and replace the process."""
         name = self._chance.choice(["learner", *[n for n in self.site.components() if n.startswith("actor")]])
-        self._allow_crash(name)
         self._say(f"SIGSTOP {name}, left as it is")
         before = self.site.pid(name)
         self._signal(name, signal.SIGSTOP)
@@ -210,7 +202,6 @@ class Faults:
         else:
             self._say("stop")
             self.site.stop()
-        self._crashes = {}
         path = self._chance.choice(durable_files(self.site.run_dir, self._chance))
         good, history = path.read_bytes(), ledger_history(self.site.run_dir / "ledger.sqlite")
         where = damage.apply(path, self._chance)
@@ -270,28 +261,7 @@ class Faults:
             return False
         return process is not None
 
-    def _allow_crash(self, name: str) -> None:
-        """Wait until one more crash is within what chord-local forgives."""
-        if name.startswith("far"):
-            return
-        crashes = self._crashes.setdefault(name, [])
-
-        def is_forgiven() -> bool:
-            crashes[:] = [at for at in crashes if time.monotonic() - at < CRASH_WINDOW_S]
-            return len(crashes) < MAX_CRASHES
-
-        if not is_forgiven():
-            self._say(f"{name} crashed {len(crashes)} times of late: start chord-local anew first")
-            self.site.stop()
-            self._crashes = {}
-            self.site.start()
-            self._pass_some_steps(1)
-            crashes = self._crashes.setdefault(name, [])
-        crashes.append(time.monotonic())
-
     def _kill_and_wait(self, *names: str) -> None:
-        for name in names:
-            self._allow_crash(name)
         before = {name: self.site.pid(name) for name in names}
         self._say(f"SIGKILL {', '.join(names)}")
         for name in names:
@@ -304,7 +274,6 @@ class Faults:
 
     def _kill_and_time(self, name: str) -> None:
         self.site.wait_until(lambda: bool(self.site.pid(name)), f"{name} to run")
-        self._allow_crash(name)
         if self._chance.random() < 0.3:
             time.sleep(self._chance.uniform(0, 0.5))
         newest, status = self.site.steps(), self.site.run_dir / "status.json"
