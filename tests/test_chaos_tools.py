@@ -203,4 +203,4 @@ def test_a_learner_under_hostile_fire_goes_on_and_loses_nothing(tiny_model: Path
     assert report.memory_growth_bytes < 200 << 20, report
     assert report.sent["messages"] >= 1000
     assert sum(report.sent["connections"].values()) == 90
-    assert found["faults"] == []
+    assert found["violations"] == []
