@@ -82,7 +82,7 @@ class Faults:
 
     def kill_at_call(self) -> None:
         """The learner, somewhere within its next writes."""
-        skip, is_torn = self._chance.randrange(400), self._chance.random() < 0.5
+        skip, is_torn = self._chance.randrange(250), self._chance.random() < 0.5
         self._say(f"SIGKILL learner {'within' if is_torn else 'before'} its {skip + 1}. writing call from now")
         control, before = self.site.control("learner"), self.site.pid("learner")
         control.count_anew()
