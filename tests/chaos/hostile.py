@@ -1,7 +1,7 @@
 """Hostile peers against a living learner: fuzzed messages and connections that are up to no good.
 
 Most speak ZMTP by hand, so that they can also speak it wrongly; those with a wrong key go through libzmq. Run as a
-module it takes host and ports of a learner and prints what it sent as JSON.
+module it takes host and ports of a learner and prints, again and again, what it sent so far as JSON.
 """
 
 import json
@@ -230,18 +230,19 @@ def hostile(
 ) -> None:
     """Attack a learner, as far as the numbers or the minutes go."""
     attacker, started = Hostile(Target(host, tuple(ports), keys, key_name), seed=seed), time.monotonic()
-    try:
-        attacker.attack(
-            num_messages=num_messages, num_connections=num_connections,
-            until=lambda: time.monotonic() - started > minutes * 60,
-        )  # fmt: skip
-    finally:
-        attacker.close()
+
+    def is_over() -> bool:
+        """libzmq aborts the process of a peer that is cut off at a bad moment, so the report is written as we go."""
         report = {
             "messages": attacker.num_messages, "connections": dict(attacker.connections),
             "refused": attacker.num_refused, "wall_s": round(time.monotonic() - started, 1),
         }  # fmt: skip
         print(json.dumps(report), flush=True)
+        return time.monotonic() - started > minutes * 60
+
+    attacker.attack(num_messages=num_messages, num_connections=num_connections, until=is_over)
+    is_over()
+    attacker.close()
 
 
 if __name__ == "__main__":

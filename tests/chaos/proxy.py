@@ -55,6 +55,11 @@ class Proxy:
         self._thread.start()
         self._servers = [self._call(self._listen(host, port)) for port in ports]
 
+    @property
+    def num_open(self) -> int:
+        """Connections that are up, both ends counted."""
+        return len(self._writers)
+
     def change(self, weather: Weather) -> None:
         """From now on, for connections that exist and for those to come."""
         self._weather = weather

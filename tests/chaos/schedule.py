@@ -35,7 +35,7 @@ def variants() -> list[dict[str, dict[str, Any]]]:
     """Configurations that the runs take in turn; every one trains on both halves or on groups alone."""
     simulated = {"engine": "simulated", "tokens_per_s": 60.0, "max_groups_in_flight": 2}
     common: dict[str, dict[str, Any]] = {
-        "run": {"num_actors": 2},
+        "run": {"num_actors": 2, "watchdog_s": 20.0, "max_crashes": 1000},
         "learner": {"groups_per_step": 4, "checkpoint_every_steps": 10, "num_threads": 1},
         "network": {"lease_s": 8.0, "request_timeout_s": 3.0},
         "sampling": {"max_tokens": 12},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,39 +49,74 @@ def besiege(
 ) -> SiegeReport:  # fmt: skip
     """Attack the learner of `site` while it trains."""
     report, pid, first_step = SiegeReport(), site.pid("learner"), site.steps()
-    before = _memory(pid)
-    command = [
-        sys.executable, "-m", "tests.chaos.hostile", LEARNER_HOST, *map(str, site.ports), "--seed", str(seed),
-        "--num-messages", str(num_messages), "--num-connections", str(num_connections), "--minutes", str(minutes),
-        *(["--keys", str(keys), "--key-name", key_name] if keys else []),
-    ]  # fmt: skip
-    with (site.folder / "hostile.log").open("ab") as errors:
-        attacker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=dict(os.environ))
-        try:
-            ended_at = 0.0
-            stepped_at, step = time.monotonic(), first_step
-            while not ended_at or time.monotonic() - ended_at < SETTLE_S:
-                site.tend()
-                if (now_pid := site.pid("learner")) != pid:
-                    report.crashes, pid, before = report.crashes + 1, now_pid, _memory(now_pid)
-                report.memory_left_bytes = _memory(pid) - before
-                report.memory_growth_bytes = max(report.memory_growth_bytes, report.memory_left_bytes)
-                report.longest_pause_s = max(report.longest_pause_s, time.monotonic() - stepped_at)
-                if site.steps() != step:
-                    stepped_at, step = time.monotonic(), site.steps()
-                if attacker.poll() is not None and not ended_at:
-                    ended_at = time.monotonic()
-                time.sleep(0.25)
-        finally:
-            attacker.kill()
-            said, _ = attacker.communicate()
+    attackers = _Attackers(site, ["--keys", str(keys), "--key-name", key_name] if keys else [])
+    before, deadline = _memory(pid), time.monotonic() + minutes * 60
+    ended_at, stepped_at, step = 0.0, time.monotonic(), first_step
+    try:
+        while not ended_at or time.monotonic() - ended_at < SETTLE_S:
+            site.tend()
+            if (now_pid := site.pid("learner")) != pid:
+                report.crashes, pid, before = report.crashes + 1, now_pid, _memory(now_pid)
+            report.memory_left_bytes = _memory(pid) - before
+            report.memory_growth_bytes = max(report.memory_growth_bytes, report.memory_left_bytes)
+            report.longest_pause_s = max(report.longest_pause_s, time.monotonic() - stepped_at)
+            if site.steps() != step:
+                stepped_at, step = time.monotonic(), site.steps()
+            if not ended_at and not attackers.go_on(num_messages, num_connections, seed, until=deadline):
+                ended_at = time.monotonic()
+            time.sleep(0.25)
+    finally:
+        attackers.close()
+    report.sent = attackers.sent
     report.steps = site.steps() - first_step
     report.refused = _refusals(site)
     report.longest_pause_s = round(report.longest_pause_s, 1)
-    lines = said.splitlines()
-    assert lines, f"the hostile peers failed: {(site.folder / 'hostile.log').read_text()[-1000:]}"
-    report.sent = json.loads(lines[-1])
     return report
+
+
+class _Attackers:
+    """One process of hostile peers after another, because libzmq aborts one now and then."""
+
+    def __init__(self, site: Site, options: list[str]) -> None:
+        self._site, self._options = site, options
+        self._process: subprocess.Popen[bytes] | None = None
+        self._said = site.folder / "hostile.jsonl"
+        self.sent: dict[str, Any] = {"messages": 0, "connections": {}, "refused": 0, "wall_s": 0.0, "processes": 0}
+
+    def go_on(self, num_messages: int, num_connections: int, seed: int, *, until: float) -> bool:
+        """False where everything was sent, or the time is up."""
+        if self._process and self._process.poll() is None:
+            return True
+        if self._process:
+            self._take_report()
+        num_messages -= self.sent["messages"]
+        num_connections -= sum(self.sent["connections"].values())
+        left_s = until - time.monotonic()
+        if left_s <= 0 or (num_messages <= 0 and num_connections <= 0):
+            return False
+        self.sent["processes"] += 1
+        command = [
+            sys.executable, "-m", "tests.chaos.hostile", LEARNER_HOST, *map(str, self._site.ports),
+            "--seed", str(seed + self.sent["processes"]), "--num-messages", str(max(num_messages, 0)),
+            "--num-connections", str(max(num_connections, 0)), "--minutes", str(left_s / 60), *self._options,
+        ]  # fmt: skip
+        with self._said.open("wb") as said, (self._site.folder / "hostile.log").open("ab") as errors:
+            self._process = subprocess.Popen(command, stdout=said, stderr=errors, env=dict(os.environ))
+        return True
+
+    def _take_report(self) -> None:
+        lines = [line for line in self._said.read_text().splitlines() if line.endswith("}")]
+        assert lines, f"the hostile peers failed: {(self._site.folder / 'hostile.log').read_text()[-1000:]}"
+        found = json.loads(lines[-1])
+        for name in ("messages", "refused", "wall_s"):
+            self.sent[name] += found[name]
+        self.sent["connections"] = dict(Counter(self.sent["connections"]) + Counter(found["connections"]))
+
+    def close(self) -> None:
+        if self._process and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+            self._take_report()
 
 
 def _refusals(site: Site) -> dict[str, int]:

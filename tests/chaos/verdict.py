@@ -129,7 +129,7 @@ def _check_receipts(verdict: Verdict, groups: dict[int, dict[str, Any]], logs: l
 
 def _check_summary(verdict: Verdict, run_dir: Path) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
-    verdict.lost += summary["lost"]
+    verdict.lost = max(verdict.lost, summary["lost"])
     if summary["duplicates"] > verdict.duplicates or summary["steps"] != verdict.steps:
         verdict.violations.append(f"summary.json and ledger differ: {summary}")
     if not (run_dir / "final" / "model.safetensors").exists():
@@ -153,6 +153,6 @@ def _ask_audit(verdict: Verdict, run_dir: Path) -> None:
     except ValueError:
         verdict.violations.append(f"chord-audit: no JSON: {done.stdout[-300:]}")
         return
-    verdict.lost += int(found["lost"])
-    verdict.duplicates += int(found["duplicates"])
+    verdict.lost = max(verdict.lost, int(found["lost"]))
+    verdict.duplicates = max(verdict.duplicates, int(found["duplicates"]))
     verdict.violations += [f"chord-audit: {line}" for line in found["violations"]]
