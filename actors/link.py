@@ -97,7 +97,8 @@ class LearnerLink:
                 if not is_refused:
                     log.info("%s: %s: asking again", phase, getattr(reply, "reason", type(reply).__name__))
                 is_refused = True
-                self.welcome = None
+                if not isinstance(reply, Refusal) or reply.wants_hello:
+                    self.welcome = None
                 await asyncio.sleep(RETRY_S)
 
     async def _greet(self) -> None:

@@ -40,8 +40,12 @@ def run_command(name: str, command: Callable[[], object]) -> NoReturn:
     try:
         command()
     except (OperatorError, ComponentFailure) as error:
-        print("\n".join(f"{name}: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        sys.exit(OPERATOR_ERROR if isinstance(error, OperatorError) else COMPONENT_FAILURE)
+        code = OPERATOR_ERROR if isinstance(error, OperatorError) else COMPONENT_FAILURE
+        try:
+            print("\n".join(f"{name}: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+        except OSError:
+            os._exit(code)  # the log's disk is full too; the interpreter would end with a code of its own
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)

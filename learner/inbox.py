@@ -197,7 +197,7 @@ class Inbox:
         if peer:
             check_name(arrival, peer.peer_id)
         if peer is None or message.incarnation != self._ledger.incarnation or message.run_id != self._ledger.run_id:
-            return Refusal(reason="unknown peer: say hello first", is_final=False)
+            return Refusal(reason="unknown peer: say hello first", is_final=False, wants_hello=True)
         peer.last_heard = time.monotonic()
         peer.connection = arrival.connection
         match message:
@@ -239,9 +239,11 @@ class Inbox:
             return Refusal(
                 reason=f"{heard}, expected a --name of its own" if is_final else f"{heard}: not yet", is_final=is_final
             )
+        is_new = self.peers.get(arrival.routing_id) is None
         if earlier := self.peers.join(hello, arrival.connection):
             self._ledger.expire(earlier)
-        log.info("%s %s joined (%s engine)", hello.role, hello.peer_id, hello.engine)
+        if is_new:
+            log.info("%s %s joined (%s engine)", hello.role, hello.peer_id, hello.engine)
         return Welcome(
             weights_port=self._door.weights_port,
             announcements_port=self._door.announcements_port,

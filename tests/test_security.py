@@ -355,7 +355,7 @@ def test_who_asks_for_chunks_and_does_not_take_them_holds_up_nobody_for_long(
     client = weights.connect("a")
     assert client.fetch(snapshot.version).path.read_bytes() == snapshot.path.read_bytes()
     assert client.received_bytes == SIZE
-    assert weights.server.requests.closings["stalled"] >= 1
+    wait_until(lambda: weights.server.requests.closings["stalled"] >= 1)
     client.close()
     greedy.close(linger=0)
 

@@ -27,7 +27,7 @@ class Tail:
             data = file.read()
         complete = data[: data.rfind(b"\n") + 1]
         self.offset += len(complete)
-        return [json.loads(line) for line in complete.splitlines()]
+        return [line for text in complete.splitlines() if (line := _parse(text))]
 
 
 class Progress:
@@ -122,6 +122,14 @@ def describe_summary(summary: Line, *, task: str) -> str:
         flow += f", trained on {summary['trajectories_trained']} trajectories from {len(actors)} actors, at most "
         flow += f"{summary['max_staleness_trained']} steps old"
     return f"{learned} {flow}; lost {summary['lost']}, duplicates {summary['duplicates']}."
+
+
+def _parse(text: bytes) -> Line:
+    """Empty for a damaged line, which the learner writes anew when it starts."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
 
 
 def _read_json(path: Path) -> Line:

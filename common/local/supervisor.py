@@ -27,6 +27,8 @@ LONGEST_DELAY_S = 2.0
 """Between a crash and the new start; the first crash of crash_window_s is answered at once."""
 STOP_S = 20.0
 """Longest time from SIGTERM to SIGKILL for actors and evaluator, beyond the time in which they drain."""
+HURRY_S = 2.0
+"""Time for peers to leave by themselves once the learner is gone."""
 LEARNER_STOP_S = 600.0
 """The same for the learner, which first ends its step and writes a checkpoint."""
 PR_SET_PDEATHSIG = 1
@@ -191,9 +193,13 @@ class Supervisor:
         descendants = [child for parent in families for child in _children(parent)]
         for component in self.components:
             component.terminate()
-        started = time.monotonic()
+        started, is_hurried = time.monotonic(), False
         while any(component.is_running for component in self.components):
             waited = time.monotonic() - started
+            if not self.learner.is_running and waited > HURRY_S and not is_hurried:
+                is_hurried = True  # nobody is left to drain for: a second SIGTERM ends them at once
+                for peer in self.peers:
+                    peer.terminate()
             for component in self.components:
                 limit = LEARNER_STOP_S if component is self.learner else self._stop_s
                 if waited > limit or is_impatient():

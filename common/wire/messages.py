@@ -93,6 +93,8 @@ class Refusal(Message):
     kind: Literal["refusal"] = "refusal"
     reason: Reason
     is_final: bool
+    wants_hello: bool = False
+    """The learner does not know the peer: it must greet before it asks again."""
 
 
 class Lease(BaseModel):
