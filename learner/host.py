@@ -22,7 +22,7 @@ from common.wire.sockets import SocketLimits, reserve_descriptors
 from learner.expert.store import ExpertStore
 from learner.inbox import Door, Inbox, LeaseTerms
 from learner.ledger.ledger import Ledger
-from learner.metrics import GuardCollector
+from learner.metrics import GuardCollector, RunCollector
 from learner.publisher import Publisher
 from learner.recorder import Recorder
 from learner.source import Source, Stopped
@@ -105,6 +105,7 @@ class Host:
             announcements_port=network.announcements_port,
             max_connections=network.max_connections,
             keys=self._keys,
+            watch=self.watchdog.watch("the learner's weight server", limit_s=config.run.watchdog_s),
         )
         self.publisher = Publisher(
             self.run_dir.weights("learner"),
@@ -143,6 +144,7 @@ class Host:
             watch=self.watchdog.watch("the learner's inbox", limit_s=config.run.watchdog_s),
         )
         registry = self.recorder.prometheus.registry
+        registry.register(RunCollector(self.inbox.peers, self.ledger.account))
         registry.register(GuardCollector([listener, self.server.requests, self.server.announcements]))
         learner = config.learner
         port = serve_metrics(registry, host=learner.metrics_host, port=learner.metrics_port, key="learner.metrics_port")
@@ -218,6 +220,7 @@ class Host:
             "waiting_for": self.source.waiting_for,
             "port": self.port,
             "groups": vars(counts) if counts else {},
+            "dropped": self.ledger.account.dropped() if counts else {},
             "evaluations_owed": self.publisher.owed_steps,
             "peers": [
                 {

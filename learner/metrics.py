@@ -9,6 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from common.wire.listener import Listener
+from learner.ledger.account import Account
+from learner.peers import Peers
 
 GAUGES = {
     "step": ("chord_learner_step", "Optimizer steps completed."),
@@ -49,6 +51,23 @@ class GuardCollector(Collector):
         present = GaugeMetricFamily("chord_connections", "Connections to the learner's ports.")
         present.add_metric([], sum(listener.num_connections for listener in self._listeners))
         return [refused, closed, present]
+
+
+class RunCollector(Collector):
+    """Who takes part, and what was dropped, read when they are scraped."""
+
+    def __init__(self, peers: Peers, account: Account) -> None:
+        self._peers = peers
+        self._account = account
+
+    def collect(self) -> Iterable[Metric]:
+        present = GaugeMetricFamily("chord_peers", "Actors and evaluators, by state.", labels=["role", "state"])
+        for (role, state), count in Tally((peer.role, peer.state) for peer in self._peers.all()).items():
+            present.add_metric([role, state], count)
+        dropped = CounterMetricFamily("chord_groups_dropped", "Groups dropped, by reason.", labels=["reason"])
+        for reason, count in self._account.dropped().items():
+            dropped.add_metric([reason], count)
+        return [present, dropped]
 
 
 class LearnerMetrics:

@@ -42,11 +42,12 @@ class Progress:
         self.last_evaluation: Line = {}
         self._seen: set[tuple[str, int]] = set()
         self._joined: set[str] = set()
+        self._num_poisoned = 0
 
     def read(self) -> list[str]:
         """One line of text for each newcomer, step and evaluation since the last call."""
         self.status = _read_json(self._status_path) or self.status
-        texts = self._newcomers()
+        texts = self._newcomers() + self._poisoned()
         for line in self._new("step", self._steps.read()):
             self.last_step = line
             texts.append(describe_step(line, num_steps=self.status.get("num_steps", 0)))
@@ -54,6 +55,12 @@ class Progress:
             self.last_evaluation = line
             texts.append(describe_evaluation(line))
         return texts
+
+    def _poisoned(self) -> list[str]:
+        """A line when a prompt was given up."""
+        count = self.status.get("dropped", {}).get("poison", 0)
+        before, self._num_poisoned = self._num_poisoned, count
+        return [f"{count} prompts were given up as poison so far: see the learner's log"] if count > before else []
 
     def _newcomers(self) -> list[str]:
         fresh = [peer for peer in self.status.get("peers", []) if peer["peer_id"] not in self._joined]

@@ -13,6 +13,7 @@ import zmq
 
 from common.keys.allowed import ServerKeys
 from common.version import Version
+from common.watchdog import Watch
 from common.weights.snapshot import Snapshot
 from common.wire.codec import Buffer, WireError, decode, encode
 from common.wire.connections import Bounds, Closing, Connection
@@ -67,8 +68,9 @@ class WeightServer:
 
     def __init__(
         self, context: "zmq.Context[Any]", *, host: str, port: int, limits: SocketLimits, announcements_port: int = 0,
-        max_connections: int = 256, keys: ServerKeys | None = None,
+        max_connections: int = 256, keys: ServerKeys | None = None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
+        self._watch = watch
         limits = replace(limits, max_frame_bytes=MAX_REQUEST_BYTES)
         bounds = Bounds(max_connections, MAX_WAITING_BYTES)
 
@@ -145,6 +147,8 @@ class WeightServer:
         for source in (self.requests.socket, self.announcements.socket, self._inlet):
             poller.register(source, zmq.POLLIN)
         while not self._is_closing.is_set():
+            if self._watch:
+                self._watch.beat()
             ready = dict(poller.poll(100))
             if self._inlet in ready:
                 with suppress(zmq.ZMQError):
@@ -156,6 +160,8 @@ class WeightServer:
             elif self.requests.socket in ready and (arrival := self.requests.receive()):
                 self._receive_request(arrival)
                 self.requests.settle(arrival)
+        if self._watch:
+            self._watch.rest()
         for listener in (self.requests, self.announcements):
             listener.close()
         self._inlet.close()
