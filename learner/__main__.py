@@ -21,6 +21,7 @@ from common.errors import OperatorError
 from common.keys.folder import check_server_keys
 from common.model_folder import require_model_folder
 from common.run_dir import RunDir
+from learner.launch import start_ranks
 
 app = new_command("The learner of a CHORD run: trains on what actors send and on expert rows, and broadcasts weights.")
 
@@ -31,7 +32,7 @@ def learner(
     config: ConfigOption = None,
     check: CheckOption = False,
     resume: Annotated[
-        bool, typer.Option(help="Insist on a checkpoint to go on from (found ones are used anyway).")
+        bool, typer.Option("--resume", help="Insist on a checkpoint to go on from (found ones are used anyway).")
     ] = False,
     rewind: Annotated[
         int | None,
@@ -57,7 +58,7 @@ def learner(
         return
     _check_paths(resolved, resume=resume)
     if resolved.learner.num_ranks > 1 and "RANK" not in os.environ:
-        _start_ranks(resolved.learner.num_ranks)
+        start_ranks(resolved.learner.num_ranks, sys.argv[1:])
     start_logging("learner")
     from learner.conductor import Conductor
 
@@ -76,12 +77,6 @@ def _check_paths(config: Config, *, resume: bool) -> None:
     checkpoints = os.path.join(config.run.dir, "checkpoints")
     if resume and not (os.path.isdir(checkpoints) and os.listdir(checkpoints)):
         raise OperatorError(f"--resume: {checkpoints} holds no checkpoint, expected one")
-
-
-def _start_ranks(count: int) -> None:
-    """Become torchrun with `count` ranks of this same command."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    os.execv(sys.executable, [*launcher, "-m", "learner", *sys.argv[1:]])
 
 
 def main() -> None:
