@@ -67,6 +67,11 @@ class RunDir:
         """Snapshots of one component; none outlives its process for long."""
         return self.path / "weights" / component
 
+    def forget_results(self) -> None:
+        """The run goes on: what it left at an earlier end holds no longer."""
+        self.summary.unlink(missing_ok=True)
+        shutil.rmtree(self.final, ignore_errors=True)
+
     def create(self) -> None:
         """Raises OperatorError where the disk refuses."""
         try:
@@ -112,6 +117,17 @@ class RunDir:
                 f"run.dir: {self.path} is in use by another learner, expected a folder of its own"
             ) from None
         return descriptor
+
+    def is_in_use(self) -> bool:
+        """Whether a learner has the lock."""
+        if not (self.path / ".lock").exists():
+            return False
+        with (self.path / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def clear(self) -> None:
         """Delete an earlier run, but no expert store. Raises OperatorError where the folder is not a run's."""

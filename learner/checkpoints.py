@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 POINTER = "newest"
+WRITERS_WORDS = ("iostream error", "inline_container", "I/O error", "No space left", "os error")
+"""What torch and safetensors say when a disk refuses."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,21 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int) -> None:
         self._folder = folder
         self._keep = keep
+        self._damaged: set[int] = set()
+        """Steps whose checkpoint was seen to be damaged; they do not count among those that are kept."""
         folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """Whatever goes wrong inside is the disk's fault, whatever words its writer has for it: an OperatorError."""
+        """What goes wrong inside because of the disk becomes an OperatorError, whatever words its writer has for it."""
         try:
             yield
         except OperatorError:
             raise
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if not isinstance(error, OSError) and not any(word in str(error) for word in WRITERS_WORDS):
+                raise
             raise OperatorError(
                 f"{self._folder}: a checkpoint cannot be written ({first}), expected a disk that takes one"
             ) from error
@@ -84,35 +89,53 @@ class Checkpoints:
             _sync(folder)
         final = self.path_of(step)
         if final.exists():
-            shutil.rmtree(final)
+            self._forget(final)
         partial.rename(final)
         _sync(self._folder)
         self._point_to(final.name)
-        for old in self.all()[: -self._keep]:
-            shutil.rmtree(old.path)
+        self._damaged.discard(step)
+        oldest = self._kept()[0].step
+        for old in self.all():
+            if old.step < oldest:
+                self._forget(old.path)
         return Checkpoint(final, step)
+
+    def _kept(self) -> list[Checkpoint]:
+        return [one for one in self.all() if one.step not in self._damaged][-self._keep :]
+
+    @property
+    def covered_step(self) -> int:
+        """What came before this step is in every kept checkpoint; 0 while there are fewer than are to be kept."""
+        kept = self._kept()
+        return kept[0].step if len(kept) == self._keep else 0
 
     def path_of(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"
 
     def all(self) -> list[Checkpoint]:
         """Every finished checkpoint, oldest first."""
-        names = sorted(path.name for path in self._folder.glob("step-*") if path.name[5:].isdigit())
         pointed = self._pointed()
+        names = sorted(path.name for path in self._present())
         return [Checkpoint(self._folder / name, int(name[5:])) for name in names if pointed is None or name <= pointed]
 
-    def newest_good(self) -> Checkpoint | None:
+    def _present(self) -> list[Path]:
+        """Whatever looks like a checkpoint, pointed to or not."""
+        return [path for path in self._folder.glob("step-*") if path.name[5:].isdigit()]
+
+    def newest_good(self, *, can_begin_anew: bool = False) -> Checkpoint | None:
         """The newest checkpoint whose files are those of its manifest; damaged ones are named and passed by.
 
-        Raises OperatorError where there are checkpoints, but none is good.
+        Raises OperatorError where there are checkpoints, but none is good, unless the run can be replayed from its
+        begin (`can_begin_anew`).
         """
         found = self.all()
         for checkpoint in reversed(found):
             damage = self.damage(checkpoint)
             if damage is None:
                 return checkpoint
+            self._damaged.add(checkpoint.step)
             log.error("checkpoint %s is damaged (%s): trying the one before it", checkpoint.path, damage)
-        if found:
+        if found and not can_begin_anew:
             raise OperatorError(
                 f"{self._folder}: every checkpoint is damaged, expected a good one; restore it or use a new run.dir"
             )
@@ -125,12 +148,18 @@ class Checkpoints:
             raise OperatorError(f"{self._folder}: got step {step}, expected 0 or one with a good checkpoint: {good}")
 
     def rewind(self, step: int) -> None:
-        """Forget every checkpoint after `step`; 0 forgets all."""
-        found = self.all()
+        """Forget every checkpoint after `step`; 0 forgets all. Cut short, it can be done again."""
         self._point_to(self.path_of(step).name if step else "")
-        for checkpoint in found:
-            if checkpoint.step > step:
-                shutil.rmtree(checkpoint.path)
+        for path in self._present():
+            if int(path.name[5:]) > step:
+                self._forget(path)
+
+    def _forget(self, path: Path) -> None:
+        """Take it out of sight first: half of one must not look like a damaged one."""
+        doomed = self._folder / f".partial-{path.name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
     def parameters_hash(self, checkpoint: Checkpoint) -> str:
         return str(_read_manifest(checkpoint)["parameters_hash"])
@@ -144,15 +173,15 @@ class Checkpoints:
         path = self._folder / POINTER
         if not path.exists():
             return None
-        name = path.read_text(errors="replace")
-        if name and not re.fullmatch(r"step-\d{8}", name):
+        name, _, digest = path.read_text(errors="replace").partition(" ")
+        if digest != _digest(name):
             log.error("%s is damaged: every checkpoint beside it is looked at", path)
             return None
         return name
 
     def _point_to(self, name: str) -> None:
         partial = self._folder / f".partial-{POINTER}"
-        partial.write_text(name)
+        partial.write_text(f"{name} {_digest(name)}")
         _sync(partial)
         partial.rename(self._folder / POINTER)
         _sync(self._folder)
@@ -172,6 +201,10 @@ class Checkpoints:
                 yield f"{name}: missing"
             elif _describe(path) != expected:
                 yield f"{name}: its bytes are not those that were written"
+
+
+def _digest(name: str) -> str:
+    return hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
 
 
 def _read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config.schema import Config
-from common.errors import OperatorError
 from common.weights.snapshot import Snapshot
 from learner.checkpoints import Checkpoints
 from learner.final import export_policy
@@ -55,6 +54,8 @@ class Conductor:
     def run(self) -> bool:
         """Train to the last step; True where it was reached, False where the run was asked to stop before."""
         step = self._restore()
+        if self._host and step < self._config.learner.num_steps:
+            self._host.run_dir.forget_results()
         saved = step
         snapshot = self._publish(step)
         last = self._config.learner.num_steps
@@ -76,18 +77,15 @@ class Conductor:
 
     def _restore(self) -> int:
         """Load the newest good checkpoint, if any; returns the optimizer steps completed."""
-        found = self._checkpoints.newest_good() if self._host else None
+        found = None
+        if self._host:
+            can_begin_anew = self._host.ledger.history.first_whole_step() == 0
+            found = self._checkpoints.newest_good(can_begin_anew=can_begin_anew)
+            self._host.check_history(found.step if found else 0)
         step = self._ranks.share_number(found.step if found else -1)
-        if self._host and (num_batches := self._host.ledger.history.num_batches()) < step:
-            raise OperatorError(
-                f"{self._config.run.dir}: got a checkpoint of step {step}, expected at most {num_batches}, where the "
-                "ledger ends: they are not of one run; restore both, or use a new run.dir"
-            )
         if step >= 0:
             self._trainer.restore(self._checkpoints.path_of(step))
             log.info("resumed from the checkpoint of step %d", step)
-        if self._host:
-            self._host.recorder.restore()
         return max(step, 0)
 
     def _take_step(self, step: int) -> bool:
@@ -124,7 +122,8 @@ class Conductor:
         if not self._host:
             return None
         self._host.step = step
-        snapshot = self._host.publisher.publish(tensors, step)
+        is_replay = step < self._config.learner.num_steps and self._host.ledger.history.batch(step) is not None
+        snapshot = self._host.publisher.publish(tensors, step, is_announced=not is_replay)
         self._publish_s = time.monotonic() - started
         return snapshot
 
@@ -138,10 +137,8 @@ class Conductor:
         self._ranks.barrier()
         if self._host:
             self._checkpoints.finish(step, parameters_hash=self._trainer.parameters_hash())
-            kept = self._checkpoints.all()
-            is_covered = len(kept) == self._config.learner.keep_checkpoints
-            if is_covered and not self._config.learner.keep_arrivals:
-                self._host.ledger.prune_bodies(kept[0].step)
+            if not self._config.learner.keep_arrivals:
+                self._host.ledger.prune_bodies(self._checkpoints.covered_step)
 
     def _finish(self, step: int, snapshot: Snapshot | None) -> None:
         if not self._host:
@@ -156,7 +153,8 @@ class Conductor:
         except Stopped:
             pass
         self._host.recorder.write_summary(num_steps=num_steps)
-        self._host.say_farewell()
+        if step == num_steps:
+            self._host.say_farewell()
         self._host.phase = "ended"
 
     def _record(self, rows: StepRows, taken: Taken, *, started: float) -> None:

@@ -1,5 +1,6 @@
 """Rank 0's house: ledger, inbox, publisher, recorder and source, opened together and closed together."""
 
+import json
 import logging
 import threading
 import time
@@ -55,7 +56,9 @@ class Host:
             self.run_dir.ledger,
             groups_per_step=config.learner.groups_per_step,
             max_staleness=config.algorithm.max_staleness,
+            num_steps=config.learner.num_steps,
         )
+        self.ledger.check_rewind()
         self._check_agreement(experts)
         self.recorder = Recorder(self.run_dir.path, self.ledger)
         self._open_network(chat)
@@ -65,6 +68,7 @@ class Host:
         )
         self._board = StatusBoard(self.run_dir.status, self._status)
         self.run_dir.save_config(config)
+        self.recorder.restore()
         self.inbox.start()
 
     def _check_agreement(self, experts: ExpertStore | None) -> None:
@@ -79,6 +83,24 @@ class Host:
                 raise OperatorError(
                     f"{self.run_dir.path}: {name}: got {found}, expected {begun} as at its begin, or a new run.dir"
                 )
+
+    def check_history(self, step: int) -> None:
+        """Raises OperatorError where the run cannot go on from `step` as it would have."""
+        num_batches = self.ledger.history.num_batches()
+        if num_batches < step:
+            raise OperatorError(
+                f"{self.run_dir.path}: got a checkpoint of step {step}, expected at most {num_batches}, where the "
+                "ledger ends: they are not of one run; restore both, or use a new run.dir"
+            )
+        recipe = self._config.recipe
+        begun = json.loads(self.ledger.fact("recipe", json.dumps(recipe)))
+        for name, found in recipe.items():
+            if begun.get(name) != found and num_batches > step:
+                raise OperatorError(
+                    f"{name}: got {found}, expected {begun.get(name)} until the {num_batches - step} steps after the "
+                    "last checkpoint are taken again: start once with the earlier value, then change it"
+                )
+        self.ledger.set_fact("recipe", json.dumps(recipe))
 
     def _open_network(self, chat: Chat) -> None:
         config, network = self._config, self._config.network

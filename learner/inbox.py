@@ -48,6 +48,8 @@ MAX_ROUND = 256
 MAX_REFUSED_GROUPS = 3
 """Of one peer in a row; then it is sent away, so that a broken one does not use up the prompts' leases."""
 POLL_MS = 200
+ABSENCE_S = 1.0
+"""A round that takes longer was not lived through by this thread alone."""
 MAX_SEED = 2**53
 """Seeds of leases lie below it, whatever run.seed is; a message carries no larger number."""
 
@@ -109,6 +111,7 @@ class Inbox:
         self.is_run_finished = False
         self.failure: Exception | None = None
         """What ended the thread, a disk that is full as a rule; the train loop raises it."""
+        self._here_at = time.monotonic()
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="inbox", daemon=True)
 
@@ -124,6 +127,7 @@ class Inbox:
             while not self._is_closing.is_set():
                 if self._watch:
                     self._watch.beat()
+                self._forgive_own_absence()
                 arrived = self._drain()
                 with self._ledger.transaction():
                     replies = [reply for arrival in arrived if (reply := self._handle(arrival))]
@@ -277,6 +281,8 @@ class Inbox:
         )  # fmt: skip
 
     def _commit(self, peer: Peer, header: GroupHeader, frames: Any) -> Message:
+        if late := self._ledger.redeliver(header.lease_id):  # it may be of a history that was left behind
+            return Receipt(outcome=Outcome.REDELIVERED, reason=late)
         newest = self._newest()
         limits = GroupLimits(self._vocab_size, self._terms.group_size, newest.step if newest else 0)
         try:
@@ -314,6 +320,14 @@ class Inbox:
         self._ledger.expire(peer.session)
         log.info("%s left: %s", peer.peer_id, goodbye.reason or "no reason given")
         return Receipt(outcome=Outcome.COMMITTED)
+
+    def _forgive_own_absence(self) -> None:
+        """Where this process was stopped or held up, nobody could be heard: that is nobody's silence."""
+        now = time.monotonic()
+        if (absence_s := now - self._here_at) > ABSENCE_S:
+            for peer in self.peers.all():
+                peer.last_heard += absence_s
+        self._here_at = now
 
     def _mind_the_silent(self) -> None:
         """Say who is gone, and give back the leases of those who stay away."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from common.errors import OperatorError
 from common.version import Version
 from common.weights.server import WeightServer
 from common.weights.snapshot import Snapshot, read_snapshot, write_snapshot
@@ -51,8 +52,12 @@ class Publisher:
         self._lock = threading.Lock()
         self._take_over()
 
-    def publish(self, tensors: Mapping[str, Tensor], step: int) -> Snapshot:
-        """Write, announce and offer version `step`."""
+    def publish(self, tensors: Mapping[str, Tensor], step: int, *, is_announced: bool = True) -> Snapshot:
+        """Write version `step`, announce and offer it.
+
+        A replayed version is not announced: it would take the actors back to what they have left behind. Raises
+        OperatorError where the first version of this start, which nothing was computed for, is not the one on record.
+        """
         path = self._folder / f"{step:08d}.safetensors"
         snapshot = write_snapshot(
             tensors,
@@ -62,8 +67,13 @@ class Publisher:
             step=step,
             chunk_bytes=self._chunk_bytes,
         )
-        self._hashes[step] = snapshot.version.hash
+        is_first, self._hashes[step] = not self._hashes, snapshot.version.hash
         if (noted := self._ledger.note_version(step, snapshot.version.hash)) != snapshot.version.hash:
+            if is_first:
+                raise OperatorError(
+                    f"{snapshot.version}: expected hash {noted[:8]}, as when it was published: model.path or the "
+                    "checkpoint is not the one that this run was trained with"
+                )
             log.warning(
                 "%s came out otherwise than before (%s): this machine does not compute the same step alike twice",
                 snapshot.version,
@@ -73,7 +83,12 @@ class Publisher:
         if is_owed:
             with self._lock:
                 self._owed[step] = snapshot.version
-        self._server.publish(snapshot, pin=is_owed)
+        if is_announced:
+            self._server.publish(snapshot, pin=is_owed)
+        elif is_owed:
+            self._server.offer(snapshot, pin=True)
+        else:
+            snapshot.path.unlink()
         return snapshot
 
     def _take_over(self) -> None:

@@ -69,7 +69,7 @@ class Recorder:
         line = {**record, "time": time.time(), "run_wall_s": self.run_wall_s}
         if self._ledger.finish_batch(line["step"] - 1, json.dumps(line)):
             _append_line(self._metrics_path, line)
-        self.prometheus.observe(line)
+            self.prometheus.observe(line)
 
     def add_evaluation(self, line: Mapping[str, Any]) -> None:
         _append_line(self._eval_path, line)

@@ -57,6 +57,11 @@ class Replay:
                 checked.append(step)
             log.info("step %d of %d: the same", step, self._history.num_batches())
         ranks.close()
+        if step == start:
+            raise OperatorError(
+                f"--replay: nothing after step {start} is kept, expected groups that can be trained again; a run with "
+                "learner.keep_arrivals = true can be repeated from its begin"
+            )
         return (
             f"replayed steps {start + 1} to {step}: bit for bit, {num_compared} versions and the parameters of "
             f"checkpoints {checked} are those on record; parameters {trainer.parameters_hash()}"

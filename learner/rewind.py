@@ -3,8 +3,6 @@
 What came later stays in the ledger as dropped (`rolled_back`), and its prompts will be leased again.
 """
 
-import shutil
-
 from common.config.schema import Config
 from common.errors import OperatorError
 from common.run_dir import RunDir
@@ -25,12 +23,12 @@ def rewind(config: Config, run_dir: RunDir, step: int) -> str:
     )
     checkpoints = Checkpoints(run_dir.checkpoints, keep=config.learner.keep_checkpoints)
     checkpoints.require(step)
-    checkpoints.rewind(step)  # first: cut short between the two, the next start replays what was to be undone
+    ledger.begin_rewind(step)  # cut short from here on, it must be done again
+    checkpoints.rewind(step)
     num_dropped = ledger.rewind(step)
     Recorder(run_dir.path, ledger).restore()
     ledger.close()
-    run_dir.summary.unlink(missing_ok=True)
-    shutil.rmtree(run_dir.final, ignore_errors=True)
+    run_dir.forget_results()
     return (
         f"{run_dir.path} is back at step {step}: {num_dropped} later groups are dropped, their prompts will be leased "
         "again"

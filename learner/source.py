@@ -38,6 +38,7 @@ class Source:
         self._check = check
         self.waiting_for = ""
         """What the train loop waits for now, in words; empty while it does not wait."""
+        self._has_composed = False
         self.waited_s = 0.0
         """Time that the last step waited for groups."""
 
@@ -64,11 +65,13 @@ class Source:
             cursor += count
         composition = Composition(step, tuple(group_ids), tuple(row_ids), cursor)
         self._ledger.commit_batch(composition)
+        self._has_composed = True
         return composition
 
     def _wait_for_groups(self, step: int) -> list[int]:
         """A whole step's worth of groups: a starved queue never makes a step expert-only."""
-        limit = self._config.learner.start_timeout_s if step == 0 else self._config.learner.group_timeout_s
+        learner = self._config.learner
+        limit = learner.group_timeout_s if self._has_composed else learner.start_timeout_s  # engines may still start
         wanted = self._config.learner.groups_per_step
         is_paced = self._config.algorithm.staleness_policy is StalenessPolicy.PACE
         wait, most = Wait("actors", limit_s=limit), -1

@@ -1,6 +1,7 @@
 """The status board: what the learner does now and whom it waits for, in status.json for live views."""
 
 import json
+import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -33,5 +34,5 @@ class StatusBoard:
         try:
             partial.write_text(json.dumps(self._read()))
             partial.replace(self._path)
-        except OSError:
+        except (OSError, sqlite3.Error):
             pass  # a full disk stops the ledger, which says so; the board is not what should

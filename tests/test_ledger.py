@@ -393,7 +393,7 @@ def test_a_ledger_that_lost_acknowledged_transactions_is_refused(
         flip(log, len(kept[1]) - 4200)
     with pytest.raises(OperatorError, match=r"holds \d+ transactions, expected the \d+ that ledger\.mark counts"):
         open_ledger()
-    (tmp_path / "ledger.mark").write_bytes(b"0000000000000009 nonsense\n")
+    (tmp_path / "ledger.mark").write_bytes(b"0000000000000009 nonsense\n" * 3)
     with pytest.raises(OperatorError, match=r"ledger\.mark: is damaged"):
         open_ledger()
     (tmp_path / "ledger.mark").unlink()

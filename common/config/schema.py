@@ -238,6 +238,15 @@ AGREED: dict[str, set[str] | None] = {
 """What learner, actors and evaluator must hold in common: a section's keys, None for all of them."""
 
 
+RECIPE = {
+    "model": {"dtype"},
+    "learner": {
+        "lr", "lr_schedule", "lr_warmup_steps", "num_steps", "weight_decay", "adam_betas", "max_grad_norm",
+    },
+}  # fmt: skip
+"""What an optimizer step depends on beyond what is agreed upon with the actors, rounding aside."""
+
+
 class Config(Section):
     """Everything that a run is determined by."""
 
@@ -260,6 +269,14 @@ class Config(Section):
                 "expected at least 1 expert row per step"
             )
         return self
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """By key, what a step must be taken with again when it is replayed."""
+        values = self.model_dump(mode="json", include=RECIPE)
+        if self.learner.lr_schedule == "constant":
+            del values["learner"]["num_steps"]
+        return {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
 
     @property
     def agreement_hash(self) -> str:

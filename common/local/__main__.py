@@ -1,6 +1,7 @@
 """`chord-local`: one machine, everything. Starts and shows learner, actors and evaluator, ends with a summary."""
 
 import json
+import os
 import signal
 import socket
 import time
@@ -47,6 +48,7 @@ def local(
         print(f"{run_dir.path} is complete ({done} steps): raise learner.num_steps to go on, or use --fresh")
         raise typer.Exit(0)
     run_dir.create()
+    os.close(run_dir.lock())  # another chord-local's learner holds it: its configuration must stay
     resolved = with_port(resolved)
     run_dir.save_config(resolved)
     LocalRun(resolved, run_dir).run()

@@ -55,26 +55,44 @@ class Report:
         return not self.violations
 
 
+@dataclass(frozen=True)
+class Files:
+    """What lies beside the ledger."""
+
+    metrics: list[dict[str, Any]] | str
+    """The lines, or what is wrong with them."""
+    evaluations: list[dict[str, Any]] | str
+    checkpoints: dict[int, str]
+
+
 def audit(run_dir: RunDir) -> Report:
     """Look at a run, finished, stopped or going on. Raises OperatorError where its ledger is missing or damaged."""
     if not run_dir.ledger.exists():
         raise OperatorError(f"{run_dir.path}: holds no ledger.sqlite, expected the run.dir of a run")
+    is_over = run_dir.summary.exists() and not run_dir.is_in_use()
+    files = Files(
+        _read(run_dir.metrics), _read(run_dir.evaluations), _checkpoints(run_dir)
+    )  # slow: before the snapshot
     database = Database(run_dir.ledger, is_read_only=True)
     try:
         with database.snapshot():
-            return _report(run_dir, database)
+            return _report(run_dir, database, files, is_over=is_over)
     finally:
         database.close()
 
 
-def _report(run_dir: RunDir, database: Database) -> Report:
+def _report(run_dir: RunDir, database: Database, files: Files, *, is_over: bool) -> Report:
     account, history = Account(database), History(database)
     bound = int(database.fact("max_staleness") or 0)
-    checkpoints = _checkpoints(run_dir)
+    groups_per_step = int(database.fact("learner.groups_per_step") or 0)
+    lost, twice = list(_lost(database)), list(_twice(database))
+    slack = 0 if is_over else 1
     violations = [
-        *_lost(database), *_twice(database), *_stale(database, bound), *_leases(database), *_batches(database, history),
-        *_bodies(database, history), *_checkpoint_violations(checkpoints, history), *_lines(run_dir, account),
-        *_final(run_dir, history),
+        *lost, *twice, *_stale(database, bound), *_leases(database), *_batches(database, history, groups_per_step),
+        *_bodies(database, history), *_checkpoint_violations(files.checkpoints, history),
+        *_lines("metrics.jsonl", files.metrics, account.records(), slack),
+        *_lines("eval.jsonl", files.evaluations, account.evaluations(), slack),
+        *_versions(account, history), *_final(run_dir, history, is_over=is_over),
     ]  # fmt: skip
     return Report(
         run_id=database.fact("run_id") or "",
@@ -85,11 +103,11 @@ def _report(run_dir: RunDir, database: Database) -> Report:
         leases=_tally(database, "SELECT state, count(*) FROM leases GROUP BY state"),
         trajectories_trained=account.num_trained_trajectories(),
         redelivered=account.num_redelivered(),
-        lost=account.num_lost(),
-        duplicates=account.num_duplicates(),
+        lost=len(lost),
+        duplicates=len(twice),
         max_staleness_trained=account.max_trained_staleness(),
         max_staleness=bound,
-        checkpoints=checkpoints,
+        checkpoints=files.checkpoints,
         sampled=account.sampled(),
         trained=account.trained(),
         violations=violations[:MAX_VIOLATIONS],
@@ -115,11 +133,11 @@ def _twice(database: Database) -> Iterator[str]:
     )
     for group_id, count in rows:
         yield f"duplicate: group {group_id} is in {count} batches, expected one"
-    wins = (
-        "SELECT group_id, count(*) FROM leases JOIN groups USING (group_id) WHERE winner = lease_id GROUP BY group_id"
+    rows = database.execute(
+        "SELECT prompt_index, count(*) FROM groups WHERE state != 'dropped' GROUP BY prompt_index HAVING count(*) > 1"
     )
-    for group_id, count in database.execute(f"{wins} HAVING count(*) > 1"):
-        yield f"duplicate: group {group_id} has {count} winning leases, expected one"
+    for prompt_index, count in rows:
+        yield f"duplicate: prompt {prompt_index} was leased as {count} groups, expected one that is not dropped"
 
 
 def _stale(database: Database, bound: int) -> Iterator[str]:
@@ -149,8 +167,9 @@ def _leases(database: Database) -> Iterator[str]:
             yield f"leases: group {group_id} has {active} active leases, expected one at most"
 
 
-def _batches(database: Database, history: History) -> Iterator[str]:
-    """Steps follow one another; each group of a batch says the same step; no other group says one and is trained."""
+def _batches(database: Database, history: History, groups_per_step: int) -> Iterator[str]:
+    """Steps follow one another, each was taken but the last; each group of a batch says the same step; no other group
+    says one and is trained."""
     num_batches = history.num_batches()
     cursor = 0
     listed: set[int] = set()
@@ -163,6 +182,10 @@ def _batches(database: Database, history: History) -> Iterator[str]:
             yield f"batches: step {step} begins its expert rows elsewhere than the step before it ended ({cursor})"
         cursor = composition.expert_cursor
         listed |= set(composition.group_ids)
+        if len(composition.group_ids) not in (0, groups_per_step):
+            yield f"batches: step {step} has {len(composition.group_ids)} groups, expected {groups_per_step}, or none"
+        if step < num_batches - 1 and not history.is_taken(step):
+            yield f"batches: step {step} was never taken, though a later one is there"
         for group_id in composition.group_ids:
             row = database.execute("SELECT step, state FROM groups WHERE group_id = ?", (group_id,)).fetchone()
             if row not in ((step, "training"), (step, "trained")):
@@ -188,10 +211,13 @@ def _bodies(database: Database, history: History) -> Iterator[str]:
 
 
 def _checkpoints(run_dir: RunDir) -> dict[int, str]:
+    """Step → what is wrong with it; one that was pruned while it was looked at does not count."""
     if not run_dir.checkpoints.is_dir():
         return {}
     found = Checkpoints(run_dir.checkpoints, keep=1)
-    return {one.step: found.damage(one) or "good" for one in found.all()}
+    seen = {one.step: found.damage(one) or "good" for one in found.all()}
+    there = {one.step for one in found.all()}
+    return {step: state for step, state in seen.items() if step in there}
 
 
 def _checkpoint_violations(checkpoints: dict[int, str], history: History) -> Iterator[str]:
@@ -205,20 +231,31 @@ def _checkpoint_violations(checkpoints: dict[int, str], history: History) -> Ite
         yield f"recovery: groups are kept from step {first} on, expected from {needed}, the oldest good checkpoint"
 
 
-def _lines(run_dir: RunDir, account: Account) -> Iterator[str]:
-    """The files for readers tell what the ledger tells; a run that goes on may be about to write its last line."""
-    for path, expected in ((run_dir.metrics, account.records()), (run_dir.evaluations, account.evaluations())):
-        lines = _read(path)
-        if isinstance(lines, str):
-            yield lines
-        elif lines != expected[: len(lines)] or len(expected) - len(lines) > 1:
-            yield f"{path.name}: its {len(lines)} lines are not the {len(expected)} of the ledger"
+def _lines(name: str, lines: list[dict[str, Any]] | str, expected: list[dict[str, Any]], slack: int) -> Iterator[str]:
+    """A file for readers tells what the ledger tells; `slack`: lines that either may be ahead while a run goes on."""
+    if isinstance(lines, str):
+        yield lines
+        return
+    common = min(len(lines), len(expected))
+    if lines[:common] != expected[:common] or abs(len(lines) - len(expected)) > slack:
+        yield f"{name}: its {len(lines)} lines are not the {len(expected)} of the ledger"
 
 
-def _final(run_dir: RunDir, history: History) -> Iterator[str]:
+def _versions(account: Account, history: History) -> Iterator[str]:
+    """Every step taken made a version, and what was evaluated is one."""
+    hashes = history.version_hashes()
+    for step in range(1, len(account.records())):
+        if step not in hashes:
+            yield f"versions: the one after step {step} is missing"
+    for line in account.evaluations():
+        if hashes.get(line["step"]) != line["version_hash"]:
+            yield f"evaluations: that of version {line['step']} was made with other weights"
+
+
+def _final(run_dir: RunDir, history: History, *, is_over: bool) -> Iterator[str]:
     """The exported policy is the last version, byte for byte."""
     weights = run_dir.final / "model.safetensors"
-    if not weights.exists():
+    if not (is_over and weights.exists()):
         return
     last = history.num_batches()
     chunk_bytes = resolve_config(run_dir.config).config.network.chunk_bytes

@@ -63,7 +63,7 @@ class Database:
         path = self.path.with_suffix(".mark")
         if is_read_only and not path.exists():
             return
-        mark = Mark(path)
+        mark = Mark(path, is_read_only=is_read_only)
         acknowledged, held = mark.read(), self._num_transactions()
         if acknowledged > held:
             raise OperatorError(

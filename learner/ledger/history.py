@@ -39,6 +39,10 @@ class History:
         """Expert rows drawn before `step`."""
         return self._db.count("SELECT coalesce(max(expert_cursor), 0) FROM batches WHERE step < ?", (step,))
 
+    def is_taken(self, step: int) -> bool:
+        """Whether the optimizer step was taken at least once."""
+        return self._db.count("SELECT count(*) FROM batches WHERE step = ? AND record IS NOT NULL", (step,)) == 1
+
     def num_batches(self) -> int:
         """Steps whose composition is committed."""
         return self._db.count("SELECT count(*) FROM batches")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from common.errors import OperatorError
 from common.wire.messages import Outcome
 from learner.ledger.account import Account
 from learner.ledger.database import Database
@@ -24,6 +25,7 @@ from learner.ledger.schema import SCHEMA_VERSION
 
 log = logging.getLogger(__name__)
 
+REWINDING = "rewinding_to"
 MAX_LEASES_PER_GROUP = 8
 """A prompt that was leased this often without a result is taken for poison and dropped."""
 
@@ -61,8 +63,12 @@ class Sample:
 class Ledger:
     """One writer's view of the ledger; safe to share between the learner's threads."""
 
-    def __init__(self, path: Path, *, groups_per_step: int, max_staleness: int) -> None:
-        """Open or create. Raises OperatorError where the file is no ledger of this version, or damaged."""
+    def __init__(self, path: Path, *, groups_per_step: int, max_staleness: int, num_steps: int | None = None) -> None:
+        """Open or create. Raises OperatorError where the file is no ledger of this version, or damaged.
+
+        No more groups are leased than `num_steps` steps take.
+        """
+        self._most_groups = 1 << 62 if num_steps is None else num_steps * groups_per_step
         self._groups_per_step = groups_per_step
         self._max_staleness = max_staleness
         self._db = Database(path)
@@ -85,6 +91,9 @@ class Ledger:
             if found is None:
                 self._db.set_fact(name, value)
             return value if found is None else found
+
+    def set_fact(self, name: str, value: str) -> None:
+        self._db.set_fact(name, value)
 
     def transaction(self) -> AbstractContextManager[None]:
         """Several calls under one commit, so that many results share one write to disk."""
@@ -110,7 +119,7 @@ class Ledger:
                 "AND leases.state = 'active' AND groups.state = 'leased' ORDER BY group_id", (session,),
             )  # fmt: skip
             granted = [GrantedLease(*row) for row in active if row[0] not in known][:capacity]
-            limit = (serving_step + self._max_staleness + 1) * self._groups_per_step
+            limit = min((serving_step + self._max_staleness + 1) * self._groups_per_step, self._most_groups)
             for group_id, prompt_index in self._leasable(limit, capacity - len(granted)):
                 granted.append(self._grant(group_id, prompt_index, actor_id, session))
             return granted
@@ -202,22 +211,29 @@ class Ledger:
 
     # Results
 
+    def redeliver(self, lease_id: str) -> str | None:
+        """Why a result of this lease comes too late, which is noted; None where it does not."""
+        with self._db.transaction():
+            row = self._db.execute(
+                "SELECT group_id, groups.state FROM leases JOIN groups USING (group_id) WHERE lease_id = ?", (lease_id,)
+            ).fetchone()
+            if row is None or row[1] == "leased":
+                return None
+            self._db.execute(
+                "UPDATE leases SET state = 'fulfilled' WHERE lease_id = ? AND state = 'active'", (lease_id,)
+            )
+            self._db.increase("redelivered")
+            return f"group {row[0]} is {row[1]}"
+
     def commit(self, lease_id: str, body: bytes, sample: Sample) -> tuple[Outcome, str]:
         """Journal a group's result. The first one for a prompt wins; any later one is `redelivered`."""
         with self._db.transaction():
-            row = self._db.execute(
-                "SELECT group_id, leases.actor_id, groups.state FROM leases JOIN groups USING (group_id) "
-                "WHERE lease_id = ?", (lease_id,),
-            ).fetchone()  # fmt: skip
+            if late := self.redeliver(lease_id):
+                return Outcome.REDELIVERED, late
+            row = self._db.execute("SELECT group_id, actor_id FROM leases WHERE lease_id = ?", (lease_id,)).fetchone()
             if row is None:
                 return Outcome.REFUSED, f"lease {lease_id} was never issued"
-            group_id, actor_id, state = row
-            if state != "leased":
-                self._db.execute(
-                    "UPDATE leases SET state = 'fulfilled' WHERE lease_id = ? AND state = 'active'", (lease_id,)
-                )
-                self._db.increase("redelivered")
-                return Outcome.REDELIVERED, f"group {group_id} is {state}"
+            group_id, actor_id = row
             self._db.execute("INSERT INTO bodies VALUES (?, ?)", (group_id, body))
             self._db.execute(
                 "UPDATE groups SET state = 'committed', winner = ?, actor_id = ?, min_version = ?, "
@@ -277,10 +293,11 @@ class Ledger:
             return noted.rowcount == 1
 
     def note_version(self, step: int, hash: str) -> str:
-        """Note the hash of a published version; returns the one noted first, which a replay ought to give again."""
+        """Note the hash of a published version; returns the one noted before, which a replay ought to give again."""
         with self._db.transaction():
-            self._db.execute("INSERT OR IGNORE INTO versions VALUES (?, ?)", (step, hash))
-            return self._db.execute("SELECT hash FROM versions WHERE step = ?", (step,)).fetchone()[0]
+            row = self._db.execute("SELECT hash FROM versions WHERE step = ?", (step,)).fetchone()
+            self._db.execute("REPLACE INTO versions VALUES (?, ?)", (step, hash))
+            return row[0] if row else hash
 
     def prune_bodies(self, before_step: int) -> None:
         """Forget the tokens of groups trained before `before_step`, which every kept checkpoint covers."""
@@ -289,6 +306,17 @@ class Ledger:
                 "DELETE FROM bodies WHERE group_id IN "
                 "(SELECT group_id FROM groups WHERE state = 'trained' AND step < ?)", (before_step,),
             )  # fmt: skip
+
+    def begin_rewind(self, step: int) -> None:
+        """Note that a rewind has begun; until `rewind` has ended it, the run must not go on."""
+        self._db.set_fact(REWINDING, str(step))
+
+    def check_rewind(self) -> None:
+        """Raises OperatorError where a rewind was cut short."""
+        if step := self._db.fact(REWINDING):
+            raise OperatorError(
+                f"{self._db.path}: a rewind was cut short, expected: chord-learner --rewind {step} again"
+            )
 
     def rewind(self, step: int) -> int:
         """Go back to the state after `step` optimizer steps: whatever came later is dropped as rolled back, and its
@@ -306,4 +334,5 @@ class Ledger:
             self._db.execute("DELETE FROM batches WHERE step >= ?", (step,))
             self._db.execute("DELETE FROM versions WHERE step > ?", (step,))
             self._db.execute("DELETE FROM evaluations WHERE step > ?", (step,))
+            self._db.set_fact(REWINDING, "")
             return len(dropped)

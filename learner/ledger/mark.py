@@ -22,10 +22,10 @@ class Mark:
     It needs no sync: it may be older than the ledger, never newer. Raises OperatorError where the disk refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_read_only: bool = False) -> None:
         self._path = path
         with self._reporting():
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._descriptor = os.open(path, os.O_RDONLY if is_read_only else os.O_RDWR | os.O_CREAT, 0o644)
 
     def read(self) -> int:
         """Transactions acknowledged; 0 where nothing was written yet. Raises OperatorError where it is damaged."""
