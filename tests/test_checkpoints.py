@@ -150,3 +150,40 @@ def test_checkpoints_that_are_all_damaged_end_the_start(
     with pytest.raises(OperatorError, match=r"checkpoints: every checkpoint is damaged, expected a good one"):
         checkpoints.newest_good()
     assert [f"step-{step:08d}" in line for step, line in zip((10, 5), caplog.messages, strict=True)] == [True, True]
+
+
+def test_a_rewind_that_was_cut_short_is_done_again_to_its_end(checkpoints: Checkpoints) -> None:
+    save(checkpoints, 4, 6)
+    checkpoints._point_to("step-00000004")  # where a kill left it: nothing is deleted yet
+    assert steps(checkpoints) == [4]
+    checkpoints.rewind(4)
+    save(checkpoints, 8)
+    assert steps(checkpoints) == [4, 8]
+
+
+@pytest.mark.parametrize("damage", [lambda text: "", lambda text: text.replace("6", "4")], ids=["cut", "flipped"])
+def test_a_damaged_pointer_hides_no_checkpoint(checkpoints: Checkpoints, damage: Callable[[str], str]) -> None:
+    folder = save(checkpoints, 4, 6).path.parent
+    pointer = folder / "newest"
+    pointer.write_text(damage(pointer.read_text()))
+    found = checkpoints.newest_good()
+    assert found
+    assert found.step == 6
+
+
+def test_a_damaged_checkpoint_pushes_no_good_one_out(checkpoints: Checkpoints) -> None:
+    save(checkpoints, 4)
+    flip(save(checkpoints, 6).path / "model.bin", 0)
+    found = checkpoints.newest_good()
+    assert found
+    assert found.step == 4
+    save(checkpoints, 8)
+    assert {4, 8} <= set(steps(checkpoints))
+    assert checkpoints.covered_step == 4
+
+
+def test_a_run_whose_groups_are_all_kept_can_do_without_its_only_checkpoint(checkpoints: Checkpoints) -> None:
+    flip(save(checkpoints, 4).path / "model.bin", 0)
+    assert checkpoints.newest_good(can_begin_anew=True) is None
+    with pytest.raises(OperatorError, match="every checkpoint is damaged"):
+        checkpoints.newest_good()

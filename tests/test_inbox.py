@@ -5,6 +5,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -709,3 +710,21 @@ def test_a_link_without_a_learner_names_whom_and_what_it_waited_for(start: Calla
     learner = start()
     learner.close()
     asyncio.run(wait_in_vain(learner.port))
+
+
+def test_results_of_a_history_that_was_left_behind_are_late_not_hostile(
+    start: Callable[..., Learner], meet: Callable[..., Peer]
+) -> None:
+    learner = start()
+    peer = meet(learner)
+    peer.join()
+    leases = peer.work(capacity=4)
+    learner.ledger.rewind(0)
+    for lease in leases:
+        group = make_group(lease.lease_id)
+        later = [replace(t, versions=np.where(t.versions >= 0, 5, -1).astype(np.int32)) for t in group.trajectories]
+        group = replace(group, trajectories=tuple(later))
+        receipt = peer.ask(group_header(group), group_frames(group))
+        assert isinstance(receipt, Receipt)
+        assert receipt.outcome is Outcome.REDELIVERED
+    assert len(peer.work(capacity=4)) == 4

@@ -417,6 +417,21 @@ def test_a_rewind_drops_what_came_later_and_leases_its_prompts_again(open_ledger
     assert [one.prompt_index for one in lease(ledger, capacity=4, serving=1)] == [1, 2, 3, 4]
 
 
+def test_no_more_groups_are_leased_than_the_last_step_takes(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite", groups_per_step=2, max_staleness=4, num_steps=3)
+    assert len(lease(ledger, capacity=50)) == 6
+    ledger.close()
+
+
+def test_a_rewind_that_was_cut_short_must_be_done_again(open_ledger: Callable[..., Ledger]) -> None:
+    ledger = open_ledger()
+    ledger.begin_rewind(0)
+    with pytest.raises(OperatorError, match="a rewind was cut short, expected: chord-learner --rewind 0 again"):
+        ledger.check_rewind()
+    ledger.rewind(0)
+    ledger.check_rewind()
+
+
 @dataclass
 class FakeActor:
     """What one actor process knows."""
@@ -604,6 +619,11 @@ class LedgerMachine(RuleBasedStateMachine):
         assert without_reason == (0,)
 
     @invariant()
+    def no_prompt_is_in_two_groups_that_are_not_dropped(self) -> None:
+        query = "SELECT prompt_index FROM groups WHERE state != 'dropped' GROUP BY prompt_index HAVING count(*) > 1"
+        assert self.rows(query) == []
+
+    @invariant()
     def a_prompt_has_one_active_lease_at_most(self) -> None:
         query = "SELECT count(*) FROM leases WHERE state = 'active' GROUP BY group_id ORDER BY 1 DESC LIMIT 1"
         assert self.rows(query) in ([], [(1,)])
@@ -645,3 +665,5 @@ def test_a_run_with_slow_and_dying_actors_reaches_its_last_step(
     assert ledger.account.counts().trained == 20 * groups_per_step
     assert ledger.account.max_trained_staleness() <= max_staleness
     assert (ledger.account.num_lost(), ledger.account.num_duplicates()) == (0, 0)
+    if paced:
+        assert "stale" not in ledger.account.dropped()

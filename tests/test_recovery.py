@@ -24,6 +24,7 @@ def test_a_run_killed_twice_is_bit_for_bit_the_one_that_was_not(tiny_model: Path
             run.wait_until(lambda reached=reached: run.num_steps_done() >= reached)
             run.components()["learner"].kill()
             run.wait_until(lambda reached=reached: run.num_steps_done() > reached)
+            assert audit(run.folder)["violations"] == []  # while it goes on
         run.finish()
     assert read_summary(run.folder)["incarnations"] == 3
     report = audit(run.folder)
