@@ -124,6 +124,13 @@ def test_two_ranks_train_a_run(tiny_model: Path, tmp_path: Path) -> None:
     check_record(run.folder, num_steps=3)
 
 
+def test_a_rank_that_meets_a_mistake_ends_the_learner_with_its_line(tiny_model: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, tiny_model, learner={"num_ranks": 2}))
+    done = run_module("learner", "--config", config, "expert.path=/no/such/store", "network.port=5997", check=False)
+    assert done.returncode == 2, done.stderr
+    assert "/no/such/store: got no such file, expected an expert store" in done.stderr.splitlines()[-1]
+
+
 def test_many_simulated_actors_feed_one_learner(tiny_model: Path, tmp_path: Path) -> None:
     config = write_config(
         tmp_path, tiny_model, run={"num_actors": 4}, actor={"engine": "simulated"}, eval={"every_steps": 0},
