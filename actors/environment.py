@@ -4,8 +4,10 @@ An environment is found by name in the entry-point group `chord_rl.environments`
 configuration's `environment.options`.
 """
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,6 +17,9 @@ from common.errors import ConfigError
 from common.problems import Split
 
 Task = TypeVar("Task")
+
+SCORER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
+"""Scores one answer after another: scorers need not be safe between threads, nor hold up an actor's other work."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ class SingleTurnEpisode:
         return self._messages
 
     async def answer(self, text: str) -> Turn:
-        return Turn(self._environment.score(self._task, text))
+        loop = asyncio.get_running_loop()
+        return Turn(await loop.run_in_executor(SCORER, self._environment.score, self._task, text))
 
 
 def make_environment(name: str, *, seed: int, options: dict[str, Any]) -> Environment:

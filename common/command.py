@@ -51,6 +51,12 @@ def run_command(name: str, command: Callable[[], object]) -> NoReturn:
     sys.exit(0)
 
 
+def _on_one_line(record: logging.LogRecord) -> bool:
+    """What a peer sent must not look like a line of its own."""
+    record.msg, record.args = record.getMessage().replace("\r", "\\r").replace("\n", "\\n"), ()
+    return True
+
+
 def start_logging(name: str) -> None:
     """Plain lines on stderr: time, component, level, message. CHORD_LOG_LEVEL sets what is worth one (info)."""
     level = os.environ.get("CHORD_LOG_LEVEL", "info").upper()
@@ -62,5 +68,7 @@ def start_logging(name: str) -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_on_one_line)
     for package in ("actors", "common", "learner"):  # other people's debug lines are theirs
         logging.getLogger(package).setLevel(level)

@@ -117,6 +117,7 @@ class Host:
             limits=limits,
             bounds=Bounds(network.max_connections, network.max_unacknowledged_bytes),
             keys=self._keys,
+            watch=self.watchdog.watch("the guard of actors", limit_s=config.run.watchdog_s),
         )
         self.port = listener.port
         self.server = WeightServer(
@@ -128,6 +129,7 @@ class Host:
             max_connections=network.max_connections,
             keys=self._keys,
             watch=self.watchdog.watch("the learner's weight server", limit_s=config.run.watchdog_s),
+            guard_watch=lambda purpose: self.watchdog.watch(f"the guard of {purpose}", limit_s=config.run.watchdog_s),
         )
         self.publisher = Publisher(
             self.run_dir.weights("learner"),

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 MAX_ROUND = 256
 """Messages handled under one commit at most."""
+MAX_FAILED_GROUPS = 8
+"""Prompts, all different, that one peer may fail on without a good group between them."""
 MAX_REFUSED_GROUPS = 3
 """Of one peer in a row; then it is sent away, so that a broken one does not use up the prompts' leases."""
 POLL_MS = 200
@@ -216,9 +218,9 @@ class Inbox:
             case GroupHeader():
                 return self._commit(peer, message, frames)
             case LeaseFailure():
-                log.warning("%s failed on lease %s: %s", peer.peer_id, message.lease_id, message.reason)
-                self._ledger.expire_lease(message.lease_id)
-                return Receipt(outcome=Outcome.COMMITTED)
+                return self._fail(peer, message)
+            case EvaluationResult() if peer.role is not Role.EVALUATOR or message.num_correct > message.num_problems:
+                raise WireError("got an evaluation that no evaluator makes")
             case EvaluationResult():
                 return Receipt(outcome=self._on_evaluation(message))
             case Goodbye():
@@ -291,6 +293,7 @@ class Inbox:
             self._ledger.expire_lease(header.lease_id)
             return self._refuse_group(peer, error)
         peer.num_refused_groups = 0
+        peer.failed_groups.clear()
         outcome, reason = self._ledger.commit(
             header.lease_id,
             to_blob(header, frames),
@@ -309,11 +312,23 @@ class Inbox:
         peer.num_refused_groups += 1
         if peer.num_refused_groups < MAX_REFUSED_GROUPS:
             return Receipt(outcome=Outcome.REFUSED, reason=str(error)[:500])
+        return self._send_away(peer, f"{MAX_REFUSED_GROUPS} groups in a row were refused, the last for {error}")
+
+    def _fail(self, peer: Peer, failure: LeaseFailure) -> Message:
+        """Take a lease back. A peer that fails on everything is at fault itself, and would poison every prompt."""
+        self._listener.say("lease failure", f"{peer.peer_id} failed on lease {failure.lease_id}: {failure.reason}")
+        self._ledger.expire_lease(failure.lease_id)
+        peer.failed_groups.add(failure.lease_id.partition(".")[0])
+        if len(peer.failed_groups) < MAX_FAILED_GROUPS:
+            return Receipt(outcome=Outcome.COMMITTED)
+        return self._send_away(peer, f"{MAX_FAILED_GROUPS} prompts in a row failed, the last for {failure.reason}")
+
+    def _send_away(self, peer: Peer, why: str) -> Message:
         self.peers.leave(peer)
         self._ledger.expire(peer.session)
-        reason = f"{peer.peer_id}: {MAX_REFUSED_GROUPS} groups in a row were refused, the last for {error}"
-        log.error("%s: it is sent away", reason)
-        return Refusal(reason=reason[:500], is_final=True)
+        reason = f"{peer.peer_id}: {why}"[:500]
+        self._listener.say("sent away", f"sent away {reason}")
+        return Refusal(reason=reason, is_final=True)
 
     def _part(self, peer: Peer, goodbye: Goodbye) -> Message:
         self.peers.leave(peer)
@@ -326,7 +341,7 @@ class Inbox:
         now = time.monotonic()
         if (absence_s := now - self._here_at) > ABSENCE_S:
             for peer in self.peers.all():
-                peer.last_heard += absence_s
+                peer.last_heard = min(now, peer.last_heard + absence_s)
         self._here_at = now
 
     def _mind_the_silent(self) -> None:

@@ -26,6 +26,8 @@ class Peer:
     last_heard: float = field(default_factory=time.monotonic)
     num_refused_groups: int = 0
     """Since its last good one."""
+    failed_groups: set[str] = field(default_factory=set[str])
+    """Groups that it failed on since its last good one."""
     rival: tuple[str, float] | None = None
     """Session of another process that wants its name, and since when."""
 

@@ -106,7 +106,7 @@ class HandLearner:
             ports = {"weights_port": self._weights.port, "announcements_port": self._weights.announcements_port}
             return Welcome(newest=self.newest, **ports)
         if message.incarnation != self.incarnation:
-            return Refusal(reason="say hello first", is_final=False)
+            return Refusal(reason="say hello first", is_final=False, wants_hello=True)
         if isinstance(message, WorkRequest):
             room = min(message.capacity, self.num_leases - self._num_granted) if message.serving else 0
             leases = tuple(self._lease() for _ in range(room))
@@ -208,7 +208,7 @@ class Bench:
     def _connect(self, parts: Parts, network: Network, folder: Path) -> None:
         hello = Hello(peer_id="a", session="s", role=Role.ACTOR, engine="simulated", config_hash="agreed")
         self.link = LearnerLink(network, hello)
-        self._fitter = Fitter(self.engine, network, folder, in_flight=True, welcome=lambda: self.link.welcome)
+        self._fitter = Fitter(self.engine, network, folder, name="a", in_flight=True, welcome=lambda: self.link.welcome)
         self.worker = Worker(parts, self.link, self._fitter, self.metrics, self._actor)
         self._fitter.on_loaded = self.worker.wake
 

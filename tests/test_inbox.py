@@ -617,7 +617,7 @@ def test_a_full_disk_closes_the_door_and_tells_the_train_loop(
 def test_nothing_ends_the_inbox_unnoticed(start: Callable[..., Learner], meet: Callable[..., Peer]) -> None:
     learner = start()
     peer = meet(learner)
-    peer.join()
+    peer.join(role=Role.EVALUATOR)
     del learner.evaluations
     peer.send(result_for(learner.newest))
     assert isinstance(wait_for_failure(learner), AttributeError)
@@ -728,3 +728,35 @@ def test_results_of_a_history_that_was_left_behind_are_late_not_hostile(
         assert isinstance(receipt, Receipt)
         assert receipt.outcome is Outcome.REDELIVERED
     assert len(peer.work(capacity=4)) == 4
+
+
+def test_a_peer_that_fails_on_everything_is_sent_away_before_it_poisons_the_prompts(
+    start: Callable[..., Learner], meet: Callable[..., Peer]
+) -> None:
+    learner = start()
+    peer = meet(learner)
+    peer.join()
+    failed: list[str] = []
+    while True:
+        leases = peer.work(capacity=4)
+        reply: AnyMessage = Receipt(outcome=Outcome.COMMITTED)
+        for lease in leases:
+            failed.append(lease.lease_id.partition(".")[0])
+            reply = peer.ask(LeaseFailure(lease_id=lease.lease_id, reason="no data"))
+            if isinstance(reply, Refusal):
+                break
+        if isinstance(reply, Refusal):
+            break
+        assert len(failed) < 100
+    assert reply.is_final
+    assert "prompts in a row failed, the last for no data" in reply.reason
+    assert learner.ledger.account.counts().dropped <= 4
+
+
+def test_only_an_evaluator_evaluates(start: Callable[..., Learner], meet: Callable[..., Peer]) -> None:
+    learner = start()
+    peer = meet(learner)
+    peer.join()
+    peer.send(result_for(learner.newest))
+    wait_until(lambda: learner.inbox.refusals["malformed"] == 1)
+    assert learner.evaluations == []

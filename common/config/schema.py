@@ -68,7 +68,9 @@ class Actor(Section):
     load_timeout_s: Seconds = Field(
         300.0, description="longest phase of loading a version; with swap wait, running answers end within it"
     )
-    answer_timeout_s: Seconds = Field(1200.0, description="longest time of one answer of the engine")
+    answer_timeout_s: Seconds = Field(
+        540.0, description="longest time of one answer of the engine; below learner.group_timeout_s"
+    )
     probe_timeout_s: Seconds = Field(20.0, description="longest reply of the engine to a health check")
     score_timeout_s: Seconds = Field(60.0, description="longest reply of an environment, scoring included")
     drain_s: Seconds = Field(30.0, description="on SIGTERM, running groups may take so long to end and be sent")
@@ -267,6 +269,11 @@ class Config(Section):
             raise ValueError(
                 f'expert.rows_per_step: got 0 with algorithm.preset "{self.algorithm.preset}" (μ > 0), '
                 "expected at least 1 expert row per step"
+            )
+        if self.actor.answer_timeout_s >= self.learner.group_timeout_s:
+            raise ValueError(
+                f"actor.answer_timeout_s: got {self.actor.answer_timeout_s:g}, expected less than "
+                f"learner.group_timeout_s ({self.learner.group_timeout_s:g}): one hung answer must not end the run"
             )
         return self
 

@@ -43,7 +43,13 @@ class AllowedKeys:
 
     def _look(self) -> None:
         self._looked_at = time.monotonic()
-        files = sorted(self._folder.glob("*.public"))
+        try:
+            files = sorted(self._folder / name for name in os.listdir(self._folder) if name.endswith(".public"))
+        except FileNotFoundError:
+            files = []
+        except OSError as error:  # a disk that hiccups must neither lock anybody out nor stop who asks
+            self._complain(f"{self._folder}: {error.strerror}: the keys read before stay allowed")
+            return
         seen = [_fingerprint(path) for path in files]
         if seen == self._seen:
             return

@@ -94,11 +94,18 @@ class Component:
             self.process.wait()
 
     def last_words(self) -> str:
-        """The line with which it ended, or else the last one of its log: libraries grumble even after the end."""
+        """The line with which it ended, or else the last one of its log: libraries grumble even after the end.
+
+        An operator's error without its line is one of a full disk, which had no room for the line.
+        """
         with self.log.open("rb") as log:
             log.seek(self.log_start)
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
         is_last_word = [line for line in lines if line.startswith("chord-") or " CRITICAL " in line]
+        if self.exit_code == OPERATOR_ERROR and not is_last_word:
+            return (
+                f"{self.name} ended with exit code 2 and could not write why, expected room on the disk of {self.log}"
+            )
         return (is_last_word or lines or ["it wrote nothing"])[-1]
 
 

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -69,6 +70,7 @@ class WeightServer:
     def __init__(
         self, context: "zmq.Context[Any]", *, host: str, port: int, limits: SocketLimits, announcements_port: int = 0,
         max_connections: int = 256, keys: ServerKeys | None = None, watch: Watch | None = None,
+        guard_watch: Callable[[str], Watch] | None = None,
     ) -> None:  # fmt: skip
         self._watch = watch
         limits = replace(limits, max_frame_bytes=MAX_REQUEST_BYTES)
@@ -76,7 +78,15 @@ class WeightServer:
 
         def listen(kind: int, port: int, purpose: str) -> Listener:
             return Listener(
-                context, kind, host=host, port=port, purpose=purpose, limits=limits, bounds=bounds, keys=keys
+                context,
+                kind,
+                host=host,
+                port=port,
+                purpose=purpose,
+                limits=limits,
+                bounds=bounds,
+                keys=keys,
+                watch=guard_watch(purpose) if guard_watch else None,
             )
 
         # XPUB hands subscriptions over, so that a subscriber's connection is known, and can be closed.

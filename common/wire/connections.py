@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 MAX_NEWCOMERS = 128
-"""Connections that have not yet said anything sensible; one more, and the oldest of them gives way."""
+"""Connections that have not yet said anything sensible, or `max_connections` where that is more: a whole fleet may come
+at once. One more, and the oldest of them gives way."""
 NEWCOMER_BYTES = 64 << 10
 """What a newcomer may send before its first message is understood; a greeting takes a few hundred bytes."""
 FRAME_BYTES = 64
 """Allowance for the framing and encryption of one frame."""
-IDLE_BYTES_PER_S = 1024
+IDLE_BYTES_PER_S = 512
 """Allowance for heartbeats."""
 TCPI_BYTES_RECEIVED = 128
 """Offset of tcpi_bytes_received in Linux's struct tcp_info."""
@@ -73,6 +74,9 @@ class Connection:
     is_closed_by_us: bool = False
     accepted_at: float = field(default_factory=time.monotonic)
     handled_bytes: int = 0
+    seen_bytes: int = 0
+    looked_at: float = field(default_factory=time.monotonic)
+    """When `seen_bytes` had been received."""
 
     @property
     def is_open(self) -> bool:
@@ -124,7 +128,7 @@ class Connections:
         with self._lock:
             self._note(descriptor)
             newcomers = [c for c in self._table.values() if c.is_open and not c.is_admitted]
-        for oldest in newcomers[: len(newcomers) - MAX_NEWCOMERS if len(newcomers) > MAX_NEWCOMERS else 0]:
+        for oldest in newcomers[: max(len(newcomers) - max(MAX_NEWCOMERS, self._bounds.max_connections), 0)]:
             self.close(oldest, Closing.CROWDED)
 
     def _note(self, descriptor: int) -> Connection | None:
@@ -184,12 +188,15 @@ class Connections:
         limit = self._bounds.max_unacknowledged_bytes if connection.is_admitted else NEWCOMER_BYTES
         return Closing.UNACKNOWLEDGED if self._unhandled_bytes(connection) > limit else None
 
-    def _unhandled_bytes(self, connection: Connection) -> float:
-        received = connection.received_bytes()
-        with self._lock:  # allowances cannot be saved up
-            connection.handled_bytes = min(connection.handled_bytes, received)
-            age_s = time.monotonic() - connection.accepted_at
-            return received - connection.handled_bytes - IDLE_BYTES_PER_S * age_s
+    def _unhandled_bytes(self, connection: Connection) -> int:
+        """Heartbeats aside, which come with no message: the allowance for them is not saved up."""
+        received, now = connection.received_bytes(), time.monotonic()
+        with self._lock:
+            allowance = int(IDLE_BYTES_PER_S * (now - connection.looked_at)) + 1
+            grown = received - connection.seen_bytes
+            connection.handled_bytes = min(connection.handled_bytes + min(grown, allowance), received)
+            connection.seen_bytes, connection.looked_at = received, now
+            return received - connection.handled_bytes
 
     def clear(self) -> None:
         with self._lock:
@@ -201,8 +208,13 @@ class Connections:
 def _duplicate(descriptor: int, port: int) -> "socket.socket | None":
     """Our own handle of a connection to `port`; None where the descriptor is closed or something else by now."""
     try:
-        own = socket.socket(fileno=os.dup(descriptor))
+        copy = os.dup(descriptor)
     except OSError:
+        return None
+    try:
+        own = socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
         return None
     try:
         if own.getsockname()[1] == port:

@@ -13,18 +13,21 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import zmq
 
 from common.keys.allowed import ServerKeys
-from common.wire.codec import Buffer
+from common.watchdog import Watch
+from common.wire.codec import MAX_FRAMES, Buffer
 from common.wire.connections import FRAME_BYTES, Bounds, Closing, Connection, Connections
 from common.wire.sockets import SocketLimits, bind, open_socket
 
 log = logging.getLogger(__name__)
 
 EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_MONITOR_STOPPED
+MAX_PARTS = MAX_FRAMES + 1
+"""Frames of a message with its routing id."""
 WATCH_S = 0.05
 """Between two looks at every connection; a flood grows for this long at most before it is noticed."""
 SAY_S = 5.0
@@ -49,10 +52,11 @@ class Listener:
 
     def __init__(
         self, context: "zmq.Context[Any]", kind: int, *, host: str, port: int, purpose: str, limits: SocketLimits,
-        bounds: Bounds, keys: ServerKeys | None = None,
+        bounds: Bounds, keys: ServerKeys | None = None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
         """Raises OperatorError where the port is taken."""
         self._purpose = purpose
+        self._guard_watch = watch
         self._keys = keys
         self._routes = kind == zmq.ROUTER
         self.socket = open_socket(context, kind, limits)
@@ -95,7 +99,7 @@ class Listener:
 
     def receive(self) -> Arrival | None:
         """The next message, which must be there; None where its sender has gone or its key was revoked."""
-        parts = cast("list[Any]", self.socket.recv_multipart(copy=False))
+        parts = self._receive_parts()
         try:
             connection = self._connections.of(int(parts[-1].get(zmq.SRCFD)))
             key = str(parts[-1].get("User-Id")).encode() if self._keys else b""
@@ -108,9 +112,24 @@ class Listener:
             if key_name is None:
                 self.expel(connection, Closing.REVOKED, "its key is no longer allowed")
                 return None
+        if len(parts) > MAX_PARTS:
+            self.refuse("malformed", f"got more than {MAX_PARTS} frames")
+            self.expel(connection, Closing.MALFORMED, "it sent what no peer sends")
+            return None
         num_bytes = sum(len(part) + FRAME_BYTES for part in parts)
         routing_id = parts.pop(0).bytes if self._routes else b""
         return Arrival(routing_id, [part.buffer for part in parts], connection, key_name, num_bytes)
+
+    def _receive_parts(self) -> list[Any]:
+        """The frames of one message; where there are too many, MAX_PARTS + 1 of them, the last one last."""
+        parts = list[Any]()
+        while True:
+            part = self.socket.recv(copy=False)
+            if len(parts) > MAX_PARTS:
+                parts.pop()
+            parts.append(part)
+            if not part.more:
+                return parts
 
     def admit(self, connection: Connection) -> None:
         """It has said something sensible, so it is no longer among those who give way."""
@@ -127,12 +146,12 @@ class Listener:
     def refuse(self, fault: str, why: str) -> None:
         """Count a refused message."""
         self.refusals[fault] += 1
-        self._say(fault, f"refused a message: {why}")
+        self.say(fault, f"refused a message: {why}")
 
     def expel(self, connection: Connection, reason: Closing, why: str) -> None:
         """Close a connection."""
         if self._connections.close(connection, reason):
-            self._say(reason, f"closed a connection: {why}")
+            self.say(reason, f"closed a connection: {why}")
 
     def close(self) -> None:
         """Called by the thread that uses the socket."""
@@ -156,6 +175,8 @@ class Listener:
         looked_at, is_watching = 0.0, True
         with self._monitor, suppress(zmq.ContextTerminated):
             while is_watching:
+                if self._guard_watch:
+                    self._guard_watch.beat()
                 if self._monitor.poll(int(WATCH_S * 1000)):
                     is_watching = self._hear_events(until=time.monotonic() + WATCH_S)
                 if time.monotonic() - looked_at > WATCH_S:
@@ -172,7 +193,7 @@ class Listener:
                 self._connections.accept(value)
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 self._ending = Closing.AUTHENTICATION
-                self._say(self._ending, "closed a connection: its key is not allowed (see chord-keys list)")
+                self.say(self._ending, "closed a connection: its key is not allowed (see chord-keys list)")
             else:
                 self._connections.end(value, self._ending)
                 self._ending = Closing.HANDSHAKE
@@ -181,15 +202,15 @@ class Listener:
     def _look(self) -> None:
         for connection, reason in self._connections.inspect(self._is_allowed):
             if reason is Closing.REVOKED:
-                self._say(reason, "closed a connection: its key is no longer allowed")
+                self.say(reason, "closed a connection: its key is no longer allowed")
             else:
                 limit = "max_unacknowledged_bytes" if connection.is_admitted else "a greeting"
-                self._say(reason, f"closed a connection: it sent more than {limit} without a pause")
+                self.say(reason, f"closed a connection: it sent more than {limit} without a pause")
 
     def _is_allowed(self, key: bytes) -> bool:
         return self._keys is None or self._keys.allowed.name_of(key) is not None
 
-    def _say(self, reason: str, line: str) -> None:
+    def say(self, reason: str, line: str) -> None:
         """Log now and then: a flood must not fill the disk."""
         now = time.monotonic()
         said_at, num_unsaid = self._said.get(reason, (float("-inf"), 0))
