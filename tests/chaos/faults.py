@@ -48,7 +48,11 @@ class Faults:
 
     def strike(self, name: str) -> None:
         """Raises RunFailed where the run did not answer."""
+        self.site.ends.read()
+        self.site.ends.fault = name
         getattr(self, name)()
+        self.site.ends.read()
+        self.site.ends.fault = ""
         self.struck[name] += 1
 
     # Kills
