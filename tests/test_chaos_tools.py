@@ -242,6 +242,7 @@ def test_a_report_that_shows_everything_meets_the_demands() -> None:
         {"black_hole_noticed_s": {"count": 6, "max": 5.1}},
         {"stopped_for_good": {"found": 4, "not found": 1}},
         {"runs_ended": 5},
+        {"faults_by_class": {}, "conditions": {"scale": 0.1, "only": "eio"}},
         {"receipts_checked": 0},
         {"is_audited": False},
     ],

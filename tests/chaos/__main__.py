@@ -134,6 +134,7 @@ class Chaos:
             "kills": faults.kills.total(),
             "kills_by_component": dict(sorted(faults.kills.items())),
             "faults_by_class": dict(sorted(faults.struck.items())),
+            "missed": dict(sorted(faults.missed.items())),
             "crash_points": self._crash_points,
             "lost": sum(verdict.lost for verdict in verdicts),
             "duplicates": sum(verdict.duplicates for verdict in verdicts),

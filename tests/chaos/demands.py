@@ -15,13 +15,15 @@ MIN_FAULTS_OF_A_CLASS = 5
 
 
 def unmet(report: Mapping[str, Any]) -> list[str]:
-    """A line for each demand that the report does not meet. How many faults there were is judged at full scale only."""
+    """A line for each demand that the report does not meet. How many faults there were is judged by class at
+    full scale only."""
     settings = report["conditions"]
     lines = [
         _above("training_again_s p99", report["training_again_s"].get("p99", 0.0), TRAINING_AGAIN_S),
         _above("black_hole_noticed_s max", report["black_hole_noticed_s"].get("max", 0.0), NOTICE_S),
         _above("stopped_for_good, not found", report["stopped_for_good"].get("not found", 0), 0),
         _below("runs_ended", report["runs_ended"], report["runs"]),
+        _below("faults that struck", sum(report["faults_by_class"].values()), 1),
         _below("is_audited", report["is_audited"], True),
         _below("receipts_checked", report["receipts_checked"], 1),
     ]

@@ -5,10 +5,12 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,14 @@ class Site:
         found = self.components().get(name)
         return found.pid if found else 0
 
+    def wait_for_death(self, pid: int, *, limit_s: float = 10) -> None:
+        """A killed process may still end a write: what it leaves on disk is its own, not its successor's."""
+        deadline = time.monotonic() + limit_s
+        while _is_alive(pid):
+            if time.monotonic() > deadline:
+                raise RunFailed(f"process {pid} outlived its SIGKILL by {limit_s:.0f} s")
+            time.sleep(0.005)
+
     def control(self, name: str) -> Control:
         return self.shim.control(name)
 
@@ -232,6 +242,12 @@ class Site:
             return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else 0
         except (OSError, ValueError, KeyError, TypeError):
             return 0
+
+    def newest_step(self) -> int:
+        """The newest finished step, also where the learner died before it wrote the step's line."""
+        with closing(sqlite3.connect(f"file:{self.run_dir / 'ledger.sqlite'}?mode=ro", uri=True)) as database:
+            (newest,) = database.execute("SELECT max(step) FROM audit_groups WHERE state = 'trained'").fetchone()
+        return max(self.steps(), 0 if newest is None else newest + 1)
 
     def last_words(self) -> str:
         """The last line that chord-local printed."""
@@ -258,6 +274,13 @@ class Site:
         for proxy in self.proxies.values():
             proxy.close()
         self._output.close()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _last_line(log: Path) -> str:
