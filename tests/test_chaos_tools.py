@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.demands import unmet
+from tests.chaos.ends import Ends
 from tests.chaos.proxy import CALM, Proxy, Weather
+from tests.chaos.schedule import COUNTS
 from tests.chaos.shim import Kind, Shim
 from tests.chaos.siege import besiege
 from tests.chaos.site import Site
@@ -204,3 +207,93 @@ def test_a_learner_under_hostile_fire_goes_on_and_loses_nothing(tiny_model: Path
     assert report.sent["messages"] >= 1000
     assert sum(report.sent["connections"].values()) == 90
     assert found["violations"] == []
+
+
+GOOD_REPORT = {
+    "kills": 300,
+    "kills_by_component": {"learner": 45},
+    "faults_by_class": dict.fromkeys(COUNTS, 5),
+    "crash_points": {"ledger full disk": 100},
+    "training_again_s": {"count": 18, "p50": 5.2, "p99": 7.4, "max": 7.4},
+    "black_hole_noticed_s": {"count": 6, "p50": 4.2, "p99": 4.5, "max": 4.5},
+    "stopped_for_good": {"found": 5},
+    "runs": 6,
+    "runs_ended": 6,
+    "receipts_checked": 5000,
+    "is_audited": True,
+    "conditions": {"scale": 1.0, "only": ""},
+}
+
+
+def test_a_report_that_shows_everything_meets_the_demands() -> None:
+    assert unmet(GOOD_REPORT) == []
+    assert unmet(GOOD_REPORT | {"kills": 10, "conditions": {"scale": 0.1, "only": ""}}) == []
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        {"kills": 199},
+        {"kills_by_component": {"learner": 19}},
+        {"faults_by_class": dict.fromkeys(COUNTS, 5) | {"eio": 4}},
+        {"crash_points": {"ledger full disk": 0}},
+        {"crash_points": {}},
+        {"training_again_s": {"count": 18, "p99": 10.1}},
+        {"black_hole_noticed_s": {"count": 6, "max": 5.1}},
+        {"stopped_for_good": {"found": 4, "not found": 1}},
+        {"runs_ended": 5},
+        {"faults_by_class": {}, "conditions": {"scale": 0.1, "only": "eio"}},
+        {"receipts_checked": 0},
+        {"is_audited": False},
+    ],
+    ids=lambda worse: next(iter(worse)),
+)
+def test_a_report_that_falls_short_is_told_so_in_one_line(worse: dict[str, object]) -> None:
+    (line,) = unmet(GOOD_REPORT | worse)
+    assert "expected at" in line
+
+
+SAID = "chord-local: chord-learner: ledger.sqlite: disk I/O error"
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "code", "line", "is_explained"),
+    [
+        ("kill_actor", "far-0", -9, "x", True),
+        ("", "far-0", 0, "18:01:28 far-0 INFO leaving: the run is over", True),
+        ("", "far-0", 0, "x", False),
+        ("reset", "far-0", 1, "chord-actor: AssertionError", False),
+        ("eio", "far-0", 1, "chord-actor: OSError: [Errno 5]", True),
+        ("eio", "far-0", -11, "Segmentation fault", False),
+        ("kill_supervisor", "chord-local", -9, "step 5", True),
+        ("full_disk", "chord-local", 2, SAID, True),
+        ("full_disk", "chord-local", 2, "step 5", False),
+        ("full_disk", "chord-local", 2, "chord-local: learner ended with exit code 2 and could not write why, "
+         "expected room on the disk of run/logs", True),
+        ("kill_learner", "chord-local", 2, SAID, False),
+    ],
+)  # fmt: skip
+def test_an_end_is_a_violation_where_no_fault_explains_it(
+    tmp_path: Path, fault: str, name: str, code: int, line: str, is_explained: bool
+) -> None:
+    ends = Ends(tmp_path / "output.log")
+    ends.fault = fault
+    ends.note(name, code, line)
+    assert bool(ends.complaints) != is_explained
+
+
+def test_what_chord_local_mends_is_seen_all_the_same(tmp_path: Path) -> None:
+    output = tmp_path / "output.log"
+    ends = Ends(output)
+    output.write_text(
+        "actor-0 ended with signal SIGKILL: starting it again (log: a.log)\nstep 1/9  reward 0.1\n"
+        "actor-1 ended with exit code 1: starting it again (chord-actor: KeyError: 7) (log: b.log)\nlearner ended wi"
+    )
+    ends.read()
+    ends.fault = "stop_left"
+    with output.open("a") as file:
+        file.write("th signal SIGSEGV: starting it again (log: l.log)\nactor-0 has given no sign of life for 20 s\n")
+    ends.read()
+    assert ends.tally() == {"actor-0 -9": 1, "actor-1 1": 1, "learner -11": 1}
+    assert len(ends.complaints) == 2
+    assert "KeyError" in ends.complaints[0]

@@ -84,11 +84,18 @@ def restored_lines(folder: Path) -> object:
     return [line["step"] for line in lines], (folder / "eval.jsonl").read_text()
 
 
+def newest_good_step(folder: Path) -> object:
+    found = Checkpoints(folder / "checkpoints", keep=2).newest_good()
+    assert found
+    return found.step
+
+
 LOOKS: dict[str, Callable[[Path], object]] = {
     "ledger.sqlite": open_ledger,
     "ledger.sqlite-wal": open_ledger,
     "ledger.mark": open_ledger,
     "expert.sqlite": read_experts,
+    "checkpoints/newest": newest_good_step,
     "metrics.jsonl": restored_lines,
     "eval.jsonl": restored_lines,
     "summary.json": lambda folder: isinstance(steps_done(RunDir(folder)), int),
@@ -103,14 +110,9 @@ def test_a_damaged_file_is_named_or_does_no_harm(name: str, run_dir: Path) -> No
 
 
 def test_a_damaged_file_of_a_checkpoint_means_the_checkpoint_before_it(run_dir: Path) -> None:
-    def newest_good(folder: Path) -> object:
-        found = Checkpoints(folder / "checkpoints", keep=2).newest_good()
-        assert found
-        return found.step
-
     for path in sorted((run_dir / "checkpoints" / "step-00000010").rglob("*.*")):
         name = str(path.relative_to(run_dir))
-        outcomes, wrong = try_damage(run_dir, name, newest_good, count=6, seed=2)
+        outcomes, wrong = try_damage(run_dir, name, newest_good_step, count=6, seed=2)
         if path.name == "manifest.json":  # its step and its white space harm nobody
             assert outcomes.keys() <= {"unharmed", "another content"}
         else:

@@ -20,6 +20,7 @@ import psutil
 import typer
 
 from tests.chaos.crash_points import FAULTS, WRITERS, explore
+from tests.chaos.demands import unmet
 from tests.chaos.faults import Faults, actor_logs
 from tests.chaos.keys import make_keys
 from tests.chaos.schedule import COUNTS, deal_faults, variants
@@ -48,6 +49,8 @@ class Chaos:
         self._verdicts: list[Verdict] = []
         self._failures: list[str] = []
         self._operator_starts: list[str] = []
+        self._ends = Counter[str]()
+        self._complaints: list[str] = []
         self._skipped = Counter[str]()
         self._tracebacks = Counter[str]()
         self._crash_points: dict[str, int] = {}
@@ -65,7 +68,8 @@ class Chaos:
         return self._report()
 
     def _one_run(self, model: Path, sections: dict[str, Any], faults: Sequence[str]) -> None:
-        if self._run % 2 and (keys := make_keys(self._folder / f"keys-{self._run}")):
+        if self._run % 2:
+            keys = make_keys(self._folder / f"keys-{self._run}")
             sections = {**sections, "network": {**sections["network"], "keys": str(keys)}}
         site = self._site = Site(
             self._folder / f"run-{self._run}", model, sections, seed=self._chance.randrange(1 << 30)
@@ -82,6 +86,9 @@ class Chaos:
             traceback.print_exc(file=sys.stdout)
         finally:
             self._operator_starts += site.operator_starts
+            site.ends.read()
+            self._ends += site.ends.tally()
+            self._complaints += [f"run {self._run}: {line}" for line in site.ends.complaints]
             found = tracebacks([*actor_logs(site), *site.run_dir.glob("logs/[el]*.log"), site.folder / "output.log"])
             self._tracebacks += found
             self._failures += [f"run {self._run}: chord-local: {line}" for line in found if line.startswith("output:")]
@@ -123,20 +130,22 @@ class Chaos:
     def _report(self) -> dict[str, Any]:
         faults, verdicts = self._faults, self._verdicts
         violations = [line for verdict in verdicts for line in verdict.violations] + faults.violations
-        return {
+        report = {
             "kills": faults.kills.total(),
             "kills_by_component": dict(sorted(faults.kills.items())),
             "faults_by_class": dict(sorted(faults.struck.items())),
+            "missed": dict(sorted(faults.missed.items())),
             "crash_points": self._crash_points,
             "lost": sum(verdict.lost for verdict in verdicts),
             "duplicates": sum(verdict.duplicates for verdict in verdicts),
-            "violations": violations,
+            "violations": violations + self._complaints,
             "failures": self._failures,
             "skipped": dict(self._skipped),
             "recovery_s": _spread(faults.recovery_s),
             "training_again_s": _spread(faults.training_again_s),
             "black_hole_noticed_s": _spread(faults.notice_s),
             "stopped_for_good": dict(faults.stopped_found),
+            "ends": dict(sorted(self._ends.items())),
             "operator_starts": dict(Counter(self._operator_starts)),
             "tracebacks": dict(self._tracebacks.most_common()),
             "runs": len(self._plan),
@@ -149,6 +158,8 @@ class Chaos:
             "wall_s": round(time.monotonic() - self._started, 1),
             "conditions": {**self._settings, **conditions()},
         }
+        report["violations"] += unmet(report)
+        return report
 
     def _say(self, line: str) -> None:
         now = time.monotonic()

@@ -41,10 +41,14 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
 
 
 def durable_files(run_dir: Path, chance: random.Random) -> list[Path]:
-    """One file of each kind that a run keeps and reads again: damage is drawn among kinds, not among sizes."""
+    """One file of each kind that a run keeps and reads again: damage is drawn among kinds, not among sizes. The expert
+    store lies beside the run directory."""
     kinds = [
         [run_dir / "ledger.sqlite"],
         [run_dir / "ledger.sqlite-wal"],
+        [run_dir / "ledger.mark"],
+        [run_dir.parent / "expert.sqlite"],
+        [run_dir / "checkpoints" / "newest"],
         sorted(run_dir.glob("checkpoints/step-*/manifest.json"))[-1:],
         sorted(path for path in _newest(run_dir / "checkpoints").rglob("*") if path.name != "manifest.json"),
         [run_dir / "metrics.jsonl"],

@@ -15,12 +15,22 @@ import psutil
 
 from tests.chaos.damage import Damage, durable_files, ledger_history
 from tests.chaos.proxy import CALM, Weather
-from tests.chaos.shim import Kind
+from tests.chaos.shim import Control, Kind
 from tests.chaos.site import FAR_HOSTS, Site
 
 NOTICE_LIMIT_S = 60.0
 WATCHDOG_LIMIT_S = 90.0
 """A process left stopped for longer is let go on by the harness."""
+
+
+STRIKE_LIMIT_S = 30.0
+"""A fault that has met nothing for longer has missed."""
+TRIES = 3
+"""Of a fault that misses."""
+
+
+class Missed(Exception):
+    """The fault was set and met nothing, so it shows nothing."""
 
 
 class Faults:
@@ -31,6 +41,8 @@ class Faults:
         self._say = say
         self.kills = Counter[str]()
         self.struck = Counter[str]()
+        self.missed = Counter[str]()
+        """Tries that met nothing; they are made again, and never counted as struck."""
         self.recovery_s: list[float] = []
         """From the kill of a learner to the next step that had not been finished before."""
         self.training_again_s: list[float] = []
@@ -48,8 +60,19 @@ class Faults:
 
     def strike(self, name: str) -> None:
         """Raises RunFailed where the run did not answer."""
-        getattr(self, name)()
-        self.struck[name] += 1
+        self.site.ends.read()
+        self.site.ends.fault = name
+        for _ in range(TRIES):
+            try:
+                getattr(self, name)()
+            except Missed as miss:
+                self.missed[name] += 1
+                self._say(f"{name} met nothing: {miss}")
+            else:
+                self.struck[name] += 1
+                break
+        self.site.ends.read()
+        self.site.ends.fault = ""
 
     # Kills
 
@@ -84,11 +107,13 @@ class Faults:
         """The learner, somewhere within its next writes."""
         skip, is_torn = self._chance.randrange(250), self._chance.random() < 0.5
         self._say(f"SIGKILL learner {'within' if is_torn else 'before'} its {skip + 1}. writing call from now")
-        control, before = self.site.control("learner"), self.site.pid("learner")
+        control, before = self.site.control("learner"), self._pid_of("learner")
         control.count_anew()
         control.kill(skip=skip, is_torn=is_torn)
         self.site.wait_until(lambda: self._is_replaced("learner", before), "the learner to meet its end")
         control.clear()
+        if not control.num_struck:
+            raise Missed("the learner met another end")
         self.kills["learner"] += 1
         self._pass_some_steps()
 
@@ -104,9 +129,8 @@ class Faults:
     def stop_left(self) -> None:
         """SIGSTOP without an end: somebody is to find and replace the process."""
         name = self._chance.choice(["learner", *[n for n in self.site.components() if n.startswith("actor")]])
+        before = self._signal(name, signal.SIGSTOP)
         self._say(f"SIGSTOP {name}, left as it is")
-        before = self.site.pid(name)
-        self._signal(name, signal.SIGSTOP)
         started = time.monotonic()
         while not self._is_replaced(name, before) and time.monotonic() - started < WATCHDOG_LIMIT_S:
             self.site.tend()
@@ -162,16 +186,17 @@ class Faults:
 
     def full_disk(self) -> None:
         """No component can write, until there is room again some seconds later."""
-        names = ["learner", "actor-0", "evaluator", "far-0"]
-        victims = names if self._chance.random() < 0.5 else ["learner"]
+        victims = ["evaluator", "far-0", "actor-0", "learner"] if self._chance.random() < 0.5 else ["learner"]
         self._refuse(victims, lambda control: control.fill_disk(), "disk full for", self._chance.uniform(1, 6))
 
     def eio(self) -> None:
         name = self._chance.choice(["learner", "learner", "actor-0", "far-0"])
-        skip, kinds = self._chance.randrange(100), self._chance.choice([Kind.WRITE, Kind.SYNC, Kind.ALL])
+        is_learner, repeat = name == "learner", self._chance.choice((1, 3))
+        skip = self._chance.randrange(100 if is_learner else 5)
+        kinds = self._chance.choice([Kind.WRITE, Kind.SYNC, Kind.ALL] if is_learner else [Kind.WRITE, Kind.ALL])
         self._refuse(
             [name],
-            lambda control: control.fail(errno.EIO, skip=skip, repeat=self._chance.choice((1, 3)), kinds=kinds),
+            lambda control: control.fail(errno.EIO, skip=skip, repeat=repeat, kinds=kinds),
             f"EIO after {skip} calls for",
             4.0,
         )
@@ -179,6 +204,7 @@ class Faults:
     def clock_jump(self) -> None:
         name = self._chance.choice(["learner", "learner", "actor-0", "far-0", "evaluator", "supervisor"])
         hours = self._chance.choice((-1, 1)) * self._chance.uniform(0.5, 30)
+        self._pid_of(name)
         self._say(f"clock of {name} {hours:+.1f} h")
         control = self.site.control("common.local" if name == "supervisor" else name)
         control.shift_clock(hours * 3600)
@@ -205,7 +231,7 @@ class Faults:
         path = self._chance.choice(durable_files(self.site.run_dir, self._chance))
         good, history = path.read_bytes(), ledger_history(self.site.run_dir / "ledger.sqlite")
         where = damage.apply(path, self._chance)
-        name = str(path.relative_to(self.site.run_dir))
+        name = str(path.relative_to(self.site.folder))
         self._say(f"{damage} {name} at {where}, start")
         self.site.is_ending = True  # a refusal to start is what we look for, not what an operator answers blindly
         try:
@@ -250,23 +276,29 @@ class Faults:
     def _one_actor(self) -> str:
         return self._chance.choice([n for n in self.site.components() if n.startswith(("actor", "far"))])
 
+    def _pid_of(self, name: str) -> int:
+        """Once the component runs."""
+        self.site.wait_until(lambda: self.site.pid(name) != 0, f"{name} to run")
+        return self.site.pid(name)
+
     def _is_replaced(self, name: str, before: int) -> bool:
         return self.site.pid(name) not in (0, before)
 
-    def _signal(self, name: str, number: signal.Signals) -> bool:
-        process = self.site.components().get(name)
+    def _signal(self, name: str, number: signal.Signals) -> int:
+        """To the component, once it runs; returns its pid. Raises Missed where it ended at this very moment."""
+        pid = self._pid_of(name)
         try:
-            if process:
-                process.send_signal(number)
-        except psutil.NoSuchProcess:
-            return False
-        return process is not None
+            psutil.Process(pid).send_signal(number)
+        except (psutil.NoSuchProcess, ValueError):  # psutil takes no pid 0
+            raise Missed(f"{name} was gone before {number.name}") from None
+        return pid
 
     def _kill_and_wait(self, *names: str) -> None:
-        before = {name: self.site.pid(name) for name in names}
         self._say(f"SIGKILL {', '.join(names)}")
+        before: dict[str, int] = {}
         for name in names:
-            self.kills[name] += self._signal(name, signal.SIGKILL)
+            before[name] = self._signal(name, signal.SIGKILL)
+            self.kills[name] += 1
         self.site.wait_until(
             lambda: all(self._is_replaced(name, pid) for name, pid in before.items()), f"{', '.join(names)} to be back"
         )
@@ -274,13 +306,15 @@ class Faults:
             self._pass_some_steps(1)
 
     def _kill_and_time(self, name: str) -> None:
-        self.site.wait_until(lambda: bool(self.site.pid(name)), f"{name} to run")
+        self._pid_of(name)
         if self._chance.random() < 0.3:
             time.sleep(self._chance.uniform(0, 0.5))
-        newest, status = self.site.steps(), self.site.run_dir / "status.json"
         self._say(f"SIGKILL {name}")
-        started, killed_at = time.monotonic(), time.time()
-        self.kills[name] += self._signal(name, signal.SIGKILL)
+        started = time.monotonic()
+        pid = self._signal(name, signal.SIGKILL)
+        self.kills[name] += 1
+        self.site.wait_for_death(pid)
+        newest, killed_at, status = self.site.newest_step(), time.time(), self.site.run_dir / "status.json"
 
         def is_training() -> bool:
             is_new = status.exists() and status.stat().st_mtime > killed_at
@@ -293,29 +327,53 @@ class Faults:
 
     def _suspend(self, name: str, for_s: float) -> None:
         self._say(f"SIGSTOP {name} for {for_s:.0f} s")
-        before = self.site.pid(name)
-        self._signal(name, signal.SIGSTOP)
+        before = self._signal(name, signal.SIGSTOP)
         self._let_pass(for_s)
-        if self.site.pid(name) == before:
+        if self.site.pid(name) != before:
+            self._say(f"{name} was replaced while it stood")
+        else:
             self._signal(name, signal.SIGCONT)
         self._pass_some_steps()
 
     def _weather(self, weather: Weather, for_s: float) -> None:
         host = self._chance.choice(FAR_HOSTS)
+        proxy = self.site.proxies[host]
         self._say(f"{weather} through {host} for {for_s:.0f} s")
-        self.site.proxies[host].change(weather)
-        self._let_pass(for_s)
-        self.site.proxies[host].change(CALM)
+        num_hit = proxy.num_hit
+        proxy.change(weather)
+        try:
+            self._let_pass(for_s)
+            self._wait_for_strike(lambda: proxy.num_hit > num_hit, f"{host} carried nothing")
+        finally:
+            proxy.change(CALM)
         self._pass_some_steps(1)
 
-    def _refuse(self, names: list[str], arm: Callable[..., None], what: str, for_s: float) -> None:
+    def _refuse(self, names: list[str], arm: Callable[[Control], None], what: str, for_s: float) -> None:
+        """One after the other, the learner last: without it nobody has anything to write. The evaluator writes too
+        seldom to be waited for."""
         self._say(f"{what} {', '.join(names)}")
-        for name in names:
-            arm(self.site.control(name))
-        self._let_pass(for_s)
-        for name in names:
-            self.site.control(name).clear()
+        try:
+            for name in names:
+                self._pid_of(name)
+                control = self.site.control(name)
+                control.count_anew()
+                arm(control)
+                if name != "evaluator":
+                    self._wait_for_strike(lambda control=control: control.num_struck > 0, f"{name} wrote nothing")
+            self._let_pass(for_s)
+        finally:
+            for name in names:
+                self.site.control(name).clear()
         self._pass_some_steps()
+
+    def _wait_for_strike(self, has_struck: Callable[[], bool], miss: str) -> None:
+        """Raises Missed, which says `miss`."""
+        deadline = time.monotonic() + STRIKE_LIMIT_S
+        while not has_struck():
+            if time.monotonic() > deadline:
+                raise Missed(f"{miss} within {STRIKE_LIMIT_S:.0f} s")
+            self.site.tend()
+            time.sleep(0.05)
 
     def _let_pass(self, for_s: float) -> None:
         """Wall time, while the run is tended."""

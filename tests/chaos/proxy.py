@@ -50,6 +50,8 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self.num_connections = self.num_broken = 0
         """Connections accepted; of those, broken by a fault."""
+        self.num_hit = 0
+        """Chunks that were delayed, throttled, cut or reset."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"proxy {host}", daemon=True)
         self._thread.start()
@@ -123,13 +125,17 @@ class Proxy:
         weather = self._weather
         if weather.delay_s[1]:
             await asyncio.sleep(self._random.uniform(*weather.delay_s))
+        was_delayed = weather.delay_s[1] > 0
         while self._weather.is_black_hole:
             await asyncio.sleep(TICK_S)
         weather = self._weather
+        self.num_hit += was_delayed or weather.bytes_per_s > 0
         if self._random.random() < weather.reset_probability:
+            self.num_hit += 1
             _reset(writer)
             return False
         if self._random.random() < weather.cut_probability:
+            self.num_hit += 1
             writer.write(chunk[: self._random.randrange(len(chunk))])
             await writer.drain()
             return False

@@ -5,15 +5,18 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from tests.chaos.ends import Ends
 from tests.chaos.proxy import Proxy
 from tests.chaos.shim import Control, Shim
 from tests.runs import QUIET, import_experts, write_config
@@ -52,6 +55,7 @@ class Site:
         self._far: dict[str, subprocess.Popen[bytes]] = {}
         self._overrides = (f"learner.num_steps={UNTIL_STOPPED}",)
         self._output = (folder / "output.log").open("ab")
+        self.ends = Ends(folder / "output.log")
         self.operator_starts: list[str] = []
         """What chord-local said last, each time that it ended before its time and was started again."""
         self._fruitless = self._steps_at_start = 0
@@ -66,8 +70,7 @@ class Site:
         self._overrides = overrides or self._overrides
         self._start_local()
         for name in self.far_names:
-            if name not in self._far or self._far[name].poll() is not None:
-                self._start_far(name)
+            self._tend_far(name)
 
     def _start_local(self) -> None:
         self.wait_until_gone()
@@ -89,17 +92,27 @@ class Site:
 
     def tend(self) -> None:
         """Start again what has ended before its time. Raises RunFailed where that does not help."""
+        self.ends.read()
+        if self.is_ending:
+            return
         for name in self.far_names:
-            process = self._far.get(name)
-            if not self.is_ending and (process is None or process.poll() is not None):
-                self._start_far(name)
-        if self._local and self._local.poll() is not None and not self.is_ending and not self.is_over:
+            self._tend_far(name)
+        if self._local and (code := self._local.poll()) is not None and not self.is_over:
             said = self.last_words()
+            self.ends.note("chord-local", code, said)
             self.operator_starts.append(said)
             self._fruitless = 0 if self.steps() > self._steps_at_start else self._fruitless + 1
             if self._fruitless > MAX_FRUITLESS_STARTS:
                 raise RunFailed(f"{self._fruitless} starts of chord-local brought no new step: {said}")
             self._start_local()
+
+    def _tend_far(self, name: str) -> None:
+        process = self._far.get(name)
+        if process is None:
+            self._start_far(name)
+        elif (code := process.poll()) is not None:
+            self.ends.note(name, code, _last_line(self.folder / f"{name}.log"))
+            self._start_far(name)
 
     @property
     def is_over(self) -> bool:
@@ -197,6 +210,14 @@ class Site:
         found = self.components().get(name)
         return found.pid if found else 0
 
+    def wait_for_death(self, pid: int, *, limit_s: float = 10) -> None:
+        """A killed process may still end a write: what it leaves on disk is its own, not its successor's."""
+        deadline = time.monotonic() + limit_s
+        while _is_alive(pid):
+            if time.monotonic() > deadline:
+                raise RunFailed(f"process {pid} outlived its SIGKILL by {limit_s:.0f} s")
+            time.sleep(0.005)
+
     def control(self, name: str) -> Control:
         return self.shim.control(name)
 
@@ -222,10 +243,15 @@ class Site:
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
+    def newest_step(self) -> int:
+        """The newest finished step, also where the learner died before it wrote the step's line."""
+        with closing(sqlite3.connect(f"file:{self.run_dir / 'ledger.sqlite'}?mode=ro", uri=True)) as database:
+            (newest,) = database.execute("SELECT max(step) FROM audit_groups WHERE state = 'trained'").fetchone()
+        return max(self.steps(), 0 if newest is None else newest + 1)
+
     def last_words(self) -> str:
         """The last line that chord-local printed."""
-        lines = (self.folder / "output.log").read_text(errors="replace").splitlines()
-        return next((line for line in reversed(lines) if line.strip()), "")
+        return _last_line(self.folder / "output.log")
 
     def describe(self) -> str:
         logs = sorted([*self.run_dir.glob("logs/*.log"), *self.folder.glob("far-*.log"), self.folder / "output.log"])
@@ -248,6 +274,18 @@ class Site:
         for proxy in self.proxies.values():
             proxy.close()
         self._output.close()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.strip()), "")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import re
 import sqlite3
 import subprocess
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
@@ -16,7 +15,6 @@ from typing import Any
 
 from tests.runs import QUIET, read_lines
 
-PROJECT = Path(__file__).resolve().parents[2]
 RANK = re.compile(r"^\[rank\d+\]: ")
 ACKNOWLEDGED = re.compile(r"lease (\S+): committed")
 
@@ -34,7 +32,7 @@ class Verdict:
     num_acknowledged: int = 0
     """Receipts that actors say they got; each was found in the ledger, or is counted as lost."""
     is_audited: bool = False
-    """chord-audit was there and was asked."""
+    """chord-audit has looked at the run."""
 
     @property
     def is_clean(self) -> bool:
@@ -137,14 +135,9 @@ def _check_summary(verdict: Verdict, run_dir: Path) -> None:
 
 
 def _ask_audit(verdict: Verdict, run_dir: Path) -> None:
-    scripts = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["scripts"]
-    if "chord-audit" not in scripts:
-        return
-    verdict.is_audited = True
-    module = scripts["chord-audit"].partition(":")[0].removesuffix(".__main__")
-    command = [sys.executable, "-m", module, str(run_dir), "--json"]
+    command = [sys.executable, "-m", "learner.audit", str(run_dir), "--json"]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, cwd=PROJECT, env={**os.environ, **QUIET}
+        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **QUIET}
     )
     if done.returncode != 0:
         verdict.violations.append(f"chord-audit: exit code {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}")
@@ -153,6 +146,7 @@ def _ask_audit(verdict: Verdict, run_dir: Path) -> None:
     except ValueError:
         verdict.violations.append(f"chord-audit: no JSON: {done.stdout[-300:]}")
         return
+    verdict.is_audited = True
     verdict.lost = max(verdict.lost, int(found["lost"]))
     verdict.duplicates = max(verdict.duplicates, int(found["duplicates"]))
     verdict.violations += [f"chord-audit: {line}" for line in found["violations"]]
