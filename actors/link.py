@@ -7,6 +7,7 @@ it greets again before it sends anything else.
 """
 
 import asyncio
+import errno
 import itertools
 import logging
 import math
@@ -36,7 +37,17 @@ MAX_RETRY_S = 5.0
 POLL_S = 0.1
 LOST = Refusal(reason="the connection was lost", is_final=False)
 """What everybody who waits is told when libzmq has lost the connection."""
-EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+EVENTS = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+NUM_MISMATCHES = 2
+"""Connections in a row whose other end has keys where we have none, or the reverse; then it is the learner."""
+NUM_HANG_UPS = 3
+"""Handshakes in a row that the other end broke off; then it is said what may be wrong."""
 
 Reply = TypeVar("Reply", bound=Message)
 
@@ -232,18 +243,58 @@ class LearnerLink:
 
     async def _watch_connection(self) -> None:
         """On a lost connection let everyone greet and send again: what was under way may not have arrived."""
+        num_mismatches = num_hang_ups = 0
         while True:
-            (event,) = struct.unpack_from("=h", (await self._monitor.recv_multipart())[0])
-            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                self._end = Refusal(
-                    reason=f"network.keys: the learner at {self.address} does not allow the key "
-                    f"{key_name_of(self._hello.peer_id)}, expected it among those that it allows (chord-keys allow)",
-                    is_final=True,
+            event, value = struct.unpack("=hi", (await self._monitor.recv_multipart())[0])
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                num_mismatches = num_hang_ups = 0
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._lose(
+                    f"network.keys: the learner at {self.address} does not allow the key "
+                    f"{key_name_of(self._hello.peer_id)}, expected it among those that it allows (chord-keys allow)"
                 )
-            self.welcome = None
-            for question in self._pending.values():
-                if not question.answer.done():
-                    question.answer.set_result(self._end or LOST)
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                num_mismatches += value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
+                if num_mismatches >= NUM_MISMATCHES:
+                    self._lose(self._describe_mismatch())
+                else:
+                    await self._connect_again()
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                num_hang_ups += value in (errno.EPIPE, errno.ECONNRESET)
+                if num_hang_ups == NUM_HANG_UPS and self._network.keys:
+                    log.warning(
+                        "learner at %s: it ends each connection before a word: %s/learner.public may not be its key",
+                        self.address, self._network.keys,
+                    )  # fmt: skip
+            else:
+                self._lose()
+
+    def _lose(self, final_reason: str = "") -> None:
+        """The connection is gone; with a reason for good."""
+        if final_reason:
+            self._end = Refusal(reason=final_reason, is_final=True)
+        self.welcome = None
+        for question in self._pending.values():
+            if not question.answer.done():
+                question.answer.set_result(self._end or LOST)
+
+    def _describe_mismatch(self) -> str:
+        if self._network.keys:
+            return (
+                f"network.keys: the learner at {self.address} serves without keys, got {self._network.keys} here, "
+                "expected the same on both sides"
+            )
+        return (
+            f"network.keys: the learner at {self.address} serves with keys, got none here, expected a folder with the "
+            "key of this peer (see chord-keys)"
+        )
+
+    async def _connect_again(self) -> None:
+        """libzmq does not by itself after what is not its protocol, but another program may have had the port."""
+        await asyncio.sleep(RETRY_S)
+        with suppress(zmq.ZMQError):  # it may have let go of the address already
+            self._socket.disconnect(self.address)
+        self._socket.connect(self.address)
 
     async def _watch_silence(self) -> None:
         """Say once that the learner is silent, and once that it is back."""

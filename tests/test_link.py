@@ -16,15 +16,19 @@ from actors.engines.simulated import SimulatedEngine
 from actors.fitter import Fitter
 from actors.link import LearnerLink
 from common.config.schema import Actor, Network
-from common.errors import WaitTimeout
+from common.errors import OperatorError, WaitTimeout
+from common.keys.folder import KeyFolder
 from common.version import Version
 from common.weights.server import WeightServer
 from common.wire.codec import decode, encode
 from common.wire.messages import Goodbye, Hello, Message, Outcome, Receipt, Refusal, Welcome, Work, WorkRequest
 from common.wire.sockets import bind, open_socket
+from tests import zmtp
 from tests.chaos.proxy import CALM, Proxy, Weather
-from tests.test_inbox import hello, work_request
+from tests.test_inbox import Learner, hello, start, work_request
 from tests.test_weights import LIMITS, snapshot_of, write_bytes
+
+__all__ = ["start"]
 
 PIECE = [bytes(150_000)]
 """The frames of a group, as far as the link is concerned."""
@@ -223,6 +227,90 @@ def test_a_link_says_that_its_learner_fell_into_a_black_hole_and_goes_on_when_it
             await link.close()
             await learner.close()
             proxy.close()
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """Pairs of a learner and of the allowed peer a."""
+    folder = KeyFolder(tmp_path / "keys")
+    for name in ("learner", "a"):
+        folder.create(name)
+    folder.allow("a", folder.public("a"))
+    return folder.path
+
+
+@pytest.mark.parametrize("is_learner_keyed", [False, True])
+def test_keys_on_one_side_only_end_a_link_with_one_line(
+    start: Callable[..., Learner], keys: Path, is_learner_keyed: bool
+) -> None:
+    learner = start(keys=keys if is_learner_keyed else None)
+    expected = "serves with keys, got none here" if is_learner_keyed else f"serves without keys, got {keys} here"
+
+    async def run() -> None:
+        network = Network(port=learner.port, keys="" if is_learner_keyed else str(keys))  # pyright: ignore
+        link = LearnerLink(network, hello("a", "a-1"))
+        try:
+            async with asyncio.timeout(10):
+                with pytest.raises(OperatorError, match=rf"^network.keys: the learner at .* {expected}, "):
+                    await ask_for_work(link)
+        finally:
+            await link.close()
+
+    asyncio.run(run())
+
+
+def test_a_wrong_key_of_the_learner_is_suspected_in_one_line(
+    start: Callable[..., Learner], keys: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = start(keys=keys)
+    others = KeyFolder(tmp_path / "others")
+    for name in ("learner", "a"):
+        others.create(name)
+
+    async def run() -> None:
+        network = Network(port=learner.port, keys=str(others.path), learner_timeout_s=3.0)  # pyright: ignore
+        link = LearnerLink(network, hello("a", "a-1"))
+        try:
+            with pytest.raises(WaitTimeout):
+                await ask_for_work(link)
+        finally:
+            await link.close()
+
+    asyncio.run(run())
+    assert caplog.text.count("others/learner.public may not be its key") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [b"HTTP/1.1 400 Bad Request\r\n" * 9, zmtp.GREETING + bytes(99), zmtp.CURVE_GREETING],
+    ids=["HTTP", "broken", "keyed"],
+)
+def test_another_program_at_the_learners_port_is_outlived(words: bytes) -> None:
+    async def run() -> None:
+        has_met = asyncio.Event()
+
+        async def babble(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(words)
+            await writer.drain()
+            writer.close()
+            server.close()
+            has_met.set()
+
+        server = await asyncio.start_server(babble, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        link = LearnerLink(Network(port=port), hello("a", "a-1"))  # pyright: ignore
+        try:
+            async with asyncio.timeout(20):
+                asking = asyncio.create_task(ask_for_work(link))
+                await has_met.wait()
+                await server.wait_closed()
+                learner = HandLearner(port)
+                await asking
+                await learner.close()
+        finally:
+            await link.close()
 
     asyncio.run(run())
 
