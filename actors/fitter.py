@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 MAX_ANNOUNCEMENT_BYTES = 64 << 10
 RETRY_S = 0.2
 """Between a fetch that came to nothing and the next."""
+SAY_S = 5.0
+"""Between two lines about a version that is not to be had."""
 
 
 class Fitter:
@@ -61,6 +63,8 @@ class Fitter:
         self._client: WeightClient | None = None
         self._address = ""
         self._wanted: Version | None = None
+        self._said: tuple[Version | None, float] = None, 0.0
+        """Which version was said not to be had, and when."""
         self._has_news = asyncio.Event()
         self._is_closing = False
         self.received_bytes = 0
@@ -89,7 +93,7 @@ class Fitter:
     async def fit(self, version: Version) -> None:
         """Fetch `version` and load it. Raises VersionGone where it is no longer kept, WaitTimeout on silence."""
         serving = self._engine.version
-        if serving and (serving.hash, serving.step) == (version.hash, version.step):
+        if serving and (serving.run_id, serving.step, serving.hash) == (version.run_id, version.step, version.hash):
             return
         snapshot = await self._fetch(version)
         started = time.monotonic()
@@ -118,9 +122,15 @@ class Fitter:
                 if wanted:
                     await self.fit(wanted)
             except (VersionGone, FetchCancelled):
-                log.info("%s is not to be had where it was asked for: asking again", wanted)
+                self._say_missing(wanted)
                 await asyncio.sleep(RETRY_S)
                 self._has_news.set()
+
+    def _say_missing(self, wanted: Version | None) -> None:
+        now = time.monotonic()
+        if self._said[0] != wanted or now - self._said[1] > SAY_S:
+            log.info("%s is not to be had where it was asked for: asking again", wanted)
+            self._said = wanted, now
 
     async def _fetch(self, version: Version) -> Snapshot:
         welcome = self._welcome()

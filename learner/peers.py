@@ -3,8 +3,11 @@
 import time
 from dataclasses import dataclass, field
 
-from common.wire.connections import Connection
+from common.wire.connections import IDLE_BYTES_PER_S, Connection
 from common.wire.messages import ActorState, Hello, Role, WorkRequest
+
+COUNT_S = 1.0
+"""Between two looks at the bytes that a peer's connection has brought."""
 
 
 @dataclass
@@ -30,10 +33,22 @@ class Peer:
     """Groups that it failed on since its last good one."""
     rival: tuple[str, float] | None = None
     """Session of another process that wants its name, and since when."""
+    counted: tuple[float, int] = 0.0, 0
+    """When its connection was last looked at, and the bytes that it had brought."""
 
     @property
     def silence_s(self) -> float:
         return time.monotonic() - self.last_heard
+
+    def note_bytes(self) -> None:
+        """A message that is still coming in counts as being heard: more bytes than heartbeats alone would bring."""
+        now, (counted_at, num_before) = time.monotonic(), self.counted
+        if now - counted_at < COUNT_S:
+            return
+        num_bytes = self.connection.received_bytes()
+        if counted_at and num_bytes - num_before > IDLE_BYTES_PER_S * (now - counted_at):
+            self.last_heard = now
+        self.counted = now, num_bytes
 
 
 class Peers:

@@ -254,6 +254,31 @@ def test_an_admitted_peer_may_have_so_much_under_way_and_no_more(
     assert len(friend.work(capacity=1)) == 1
 
 
+def test_a_message_that_is_still_coming_counts_as_being_heard(
+    start: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.peers.COUNT_S", 0.1)
+    learner, greeting = start(), hello("slow", "1")
+    with closing(zmtp.connect(learner.port, routing_id=greeting.routing_id)) as raw:
+        raw.sendall(zmtp.frame(bytes(encode(greeting)[0])))
+        wait_until(lambda: learner.inbox.peers.all() != [])
+        (peer,) = learner.inbox.peers.all()
+        greeted_at = peer.last_heard
+        raw.sendall(zmtp.frame_head(MAX_BYTES - 1))
+
+        def is_heard_while_bytes_come() -> bool:
+            raw.sendall(bytes(1000))
+            peer.note_bytes()
+            return peer.last_heard > greeted_at + 0.3
+
+        def is_silent() -> bool:
+            peer.note_bytes()
+            return peer.silence_s > 0.5
+
+        wait_until(is_heard_while_bytes_come)
+        wait_until(is_silent)
+
+
 def test_a_peer_that_floods_while_the_learner_is_busy_loses_its_connection(
     start: Callable[..., Learner], meet: Callable[..., Peer]
 ) -> None:

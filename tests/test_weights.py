@@ -19,6 +19,7 @@ from common.weights.snapshot import Manifest, Snapshot, hash_chunk, hash_of_chun
 from common.wire.codec import decode
 from common.wire.messages import Announcement
 from common.wire.sockets import SocketLimits, open_socket
+from tests.chaos.proxy import Proxy, Weather
 
 LIMITS = SocketLimits(heartbeat_s=0.5, silence_s=2.0, max_frame_bytes=8 << 20)
 CHUNK_BYTES = 64 << 10
@@ -109,6 +110,26 @@ def test_what_is_fetched_is_what_was_published(
     assert fetched.manifest == snapshot.manifest
     assert client.received_bytes == server.sent_bytes == SIZE
     assert list(fetched.path.parent.iterdir()) == [fetched.path]
+
+
+def test_a_slow_path_is_no_dead_one_and_nothing_is_asked_for_twice(
+    context: "zmq.Context[Any]", server: WeightServer, tmp_path: Path
+) -> None:
+    snapshot = snapshot_of(write_bytes(tmp_path / "weights", 0, size=3 * CHUNK_BYTES), step=5)
+    server.publish(snapshot, pin=False)
+    proxy = Proxy(host="127.0.0.2", target_host="127.0.0.1", ports=[server.port])
+    proxy.change(Weather(bytes_per_s=100_000))  # a frame takes longer than silence_s
+    client = WeightClient(
+        context, f"tcp://127.0.0.2:{server.port}", tmp_path / "client", limits=SocketLimits(0.1, 0.4, 1 << 20),
+        credit=3, timeout_s=10.0, retry_s=1.0,
+    )  # fmt: skip
+    try:
+        assert client.fetch(snapshot.version).path.read_bytes() == snapshot.path.read_bytes()
+        assert client.received_bytes == server.sent_bytes
+        assert (proxy.num_connections, proxy.num_broken) == (1, 0)
+    finally:
+        client.close()
+        proxy.close()
 
 
 def test_a_snapshot_of_tensors_can_be_loaded_after_its_journey(

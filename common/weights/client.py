@@ -112,11 +112,14 @@ class WeightClient:
 
     def _fetch_chunks(self, progress: Progress, is_wanted: Callable[[], bool]) -> None:
         manifest, outstanding = progress.manifest, dict[int, float]()
-        wait = Wait("learner", limit_s=self._timeout_s)
+        wait, stored_at, retry_s = Wait("learner", limit_s=self._timeout_s), time.monotonic(), self._retry_s
         with progress.path.open("r+b", buffering=0) as file:
             while progress.missing or outstanding:
                 now = time.monotonic()
-                for index in [i for i, asked in outstanding.items() if now - asked > self._retry_s]:
+                # While others come in, a chunk is on its way. Where one alone takes so long, it is soon waited for.
+                if late := [i for i, asked in outstanding.items() if now - max(asked, stored_at) > retry_s]:
+                    retry_s = max(min(2 * retry_s, self._timeout_s / 4), self._retry_s)
+                for index in late:
                     del outstanding[index]
                     progress.missing.append(index)
                 while progress.missing and len(outstanding) < self._credit:
@@ -131,6 +134,7 @@ class WeightClient:
                     raise
                 if index is not None:
                     del outstanding[index]
+                    stored_at = time.monotonic()
                     wait.progress()
                 done = manifest.num_chunks - len(progress.missing) - len(outstanding)
                 try:

@@ -12,6 +12,9 @@ from common.keys.folder import PeerKeys
 MAX_QUEUED_MESSAGES = 64
 """High-water mark of what waits to be sent by one connection. It counts messages, not bytes."""
 
+FRAME_S = 30.0
+"""Longest time that one frame may take: libzmq hears a heartbeat, and any other sign of life, between frames only."""
+
 SPARE_DESCRIPTORS = 4096
 """Open files beside those of counted connections: a flood is accepted before it is turned away."""
 
@@ -22,6 +25,7 @@ class SocketLimits:
 
     heartbeat_s: float
     silence_s: float
+    """A path that acknowledges nothing for longer is given up; a process that is silent, after FRAME_S at least."""
     max_frame_bytes: int
 
 
@@ -38,8 +42,11 @@ def open_socket(context: "zmq.Context[Any]", kind: int, limits: SocketLimits, ke
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, limits.max_frame_bytes)
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(limits.heartbeat_s * 1000))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(max(limits.silence_s - limits.heartbeat_s, limits.heartbeat_s) * 1000))
-    socket.setsockopt(zmq.HEARTBEAT_TTL, int(limits.silence_s * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(max(limits.silence_s, FRAME_S) * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TTL, int(max(limits.silence_s, FRAME_S) * 1000))
+    # The kernel sees a path that acknowledges nothing long before that, and never takes a slow one for it.
+    socket.setsockopt(zmq.TCP_MAXRT, int(limits.silence_s * 1000))
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, int(limits.silence_s * 1000))
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
