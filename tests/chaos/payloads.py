@@ -132,7 +132,7 @@ class Payloads:
     def draw(self) -> list[bytes]:
         """The next message; two in three are mutated anew."""
         frames = self._chance.choice(self._pool)
-        return mutate(frames, self._chance) if self._chance.random() < 2 / 3 else frames
+        return (mutate(frames, self._chance) if self._chance.random() < 2 / 3 else frames) or [b""]
 
     def _garbage(self) -> list[bytes]:
         return [self._chance.randbytes(self._chance.choice((0, 1, 7, 60, 900)))]
