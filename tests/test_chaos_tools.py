@@ -14,12 +14,13 @@ import pytest
 
 from tests.chaos.demands import unmet
 from tests.chaos.ends import Ends
+from tests.chaos.keys import make_keys
 from tests.chaos.proxy import CALM, Proxy, Weather
 from tests.chaos.schedule import COUNTS
 from tests.chaos.shim import Kind, Shim
 from tests.chaos.siege import besiege
 from tests.chaos.site import Site
-from tests.runs import audit
+from tests.runs import LocalRun, audit, write_config
 
 FAR = "127.0.0.9"
 
@@ -191,21 +192,24 @@ def test_the_shim_strikes_where_it_was_told(tmp_path: Path, skip: int, repeat: i
     assert control.num_struck == said.count(errno.ENOSPC)
 
 
-def test_a_learner_under_hostile_fire_goes_on_and_loses_nothing(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_keys", [False, True], ids=["open", "keyed"])
+def test_a_learner_under_hostile_fire_goes_on_and_loses_nothing(
+    tiny_model: Path, tmp_path: Path, has_keys: bool
+) -> None:
+    keys = make_keys(tmp_path / "keys") if has_keys else None
     actor = {"engine": "simulated", "tokens_per_s": 100.0}
-    site = Site(tmp_path / "site", tiny_model, {"actor": actor, "eval": {"every_steps": 0}}, seed=5)
+    sections = {"actor": actor, "eval": {"every_steps": 0}, "network": {"keys": str(keys)} if keys else {}}
+    site = Site(tmp_path / "site", tiny_model, sections, seed=5 + has_keys)
     try:
         site.start()
         site.wait_for_steps(2)
-        report = besiege(site, num_messages=3000, num_connections=90, seed=1)
+        report = besiege(site, num_messages=3000, num_connections=90, seed=1, keys=keys, key_name="hostile")
         assert site.stop() == 0
         found = audit(site.run_dir)
     finally:
         site.close()
     assert report.is_withstood, report
     assert report.memory_growth_bytes < 200 << 20, report
-    assert report.sent["messages"] >= 1000
-    assert sum(report.sent["connections"].values()) == 90
     assert found["violations"] == []
 
 
@@ -297,3 +301,43 @@ def test_what_chord_local_mends_is_seen_all_the_same(tmp_path: Path) -> None:
     assert ends.tally() == {"actor-0 -9": 1, "actor-1 1": 1, "learner -11": 1}
     assert len(ends.complaints) == 2
     assert "KeyError" in ends.complaints[0]
+
+
+STUCK = """
+import time
+from pathlib import Path
+from actors.environment import SingleTurn
+from common.chat import ChatMessage
+
+class Sticky(SingleTurn):
+    def __init__(self, *, seed, mark):
+        self.mark = Path(mark)
+
+    def task(self, split, index):
+        if not self.mark.exists():
+            self.mark.touch()
+            while True:
+                time.sleep(1)
+        return "a", [ChatMessage(role="user", content=f"Say {index}.")]
+
+    def score(self, task, text):
+        return 0.0
+"""
+
+
+def test_an_actor_whose_event_loop_is_stuck_says_so_and_is_started_again(tiny_model: Path, tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    metadata = packages / "sticky-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (packages / "sticky.py").write_text(STUCK)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: sticky\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[chord_rl.environments]\nsticky = sticky:Sticky\n")
+    config = write_config(
+        tmp_path, tiny_model, run={"num_actors": 1, "watchdog_s": 4.0}, algorithm={"preset": "grpo"},
+        learner={"num_steps": 1}, environment={"name": "sticky", "options": {"mark": str(tmp_path / "mark")}},
+        actor={"engine": "simulated"}, eval={"every_steps": 0},
+    )  # fmt: skip
+    with LocalRun(config, extra_path=packages) as run:
+        run.finish()
+    assert "actor-0 ended with exit code 1: starting it again" in run.output
+    assert "the actor's event loop has not moved for" in run.output

@@ -15,15 +15,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import zmq
 
 from tests.chaos.payloads import Payloads
+from tests.chaos.thief import Thief
 
 SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
 MESSAGES_PER_CONNECTION = 400
+MESSAGES_PER_THIEF = 50
+THEFTS = 0.3
+"""Share of the rounds of messages that are a thief's."""
 SOCKET_TIMEOUT_S = 5.0
 HELD = 60
 """Connections that are held open at a time: half-finished messages, slow lorises, silence."""
@@ -41,6 +45,8 @@ class Target:
     keys: Path | None = None
     """Folder of CURVE keys, for hostile peers who have one; without it they fuzz through plain connections."""
     key_name: str = ""
+    config: Path | None = None
+    """The run's own, for thieves; without it there are none."""
 
 
 class Hostile:
@@ -50,6 +56,7 @@ class Hostile:
         self._target = target
         self._chance = random.Random(seed)
         self._payloads = Payloads(self._chance)
+        self.thief = Thief(self._chance, target.config) if target.config else None
         self._context = zmq.Context()
         self._held: list[socket.socket] = []
         self.connections = Counter[str]()
@@ -88,6 +95,9 @@ class Hostile:
     # Messages
 
     def _fuzz(self, count: int) -> None:
+        if self.thief and self._chance.random() < THEFTS:
+            self._steal(self.thief, min(count, MESSAGES_PER_THIEF))
+            return
         if self._target.keys:
             self._fuzz_with_key(count)
             return
@@ -98,19 +108,29 @@ class Hostile:
 
     def _fuzz_with_key(self, count: int) -> None:
         """As a peer with an allowed key; it is sent away now and then, which libzmq answers with a new connection."""
-        assert self._target.keys
-        with self._context.socket(zmq.DEALER) as dealer:
-            keys = self._target.keys
-            dealer.curve_serverkey = (keys / "learner.public").read_bytes().strip()
-            dealer.curve_publickey = (keys / f"{self._target.key_name}.public").read_bytes().strip()
-            dealer.curve_secretkey = (keys / f"{self._target.key_name}.secret").read_bytes().strip()
-            dealer.linger, dealer.sndtimeo, dealer.reconnect_ivl = 200, 1000, 10
+        with self._keyed_dealer() as dealer:
             dealer.connect(f"tcp://{self._target.host}:{self._chance.choice(self._target.ports[:2])}")
             for _ in range(count):
                 dealer.send_multipart(self._payloads.draw())
                 self.num_messages += 1
                 while dealer.poll(0):
                     dealer.recv_multipart()
+
+    def _steal(self, thief: Thief, count: int) -> None:
+        name = f"{self._target.key_name or 'thief'}.{self._chance.randrange(1 << 20)}"
+        with self._keyed_dealer() as dealer:
+            address = f"tcp://{self._target.host}:{self._target.ports[0]}"
+            self.num_messages += thief.rob(dealer, address, name, count=count)
+
+    def _keyed_dealer(self) -> "zmq.Socket[Any]":
+        """With the stolen key, where the learner asks for keys."""
+        dealer = self._context.socket(zmq.DEALER)
+        if keys := self._target.keys:
+            dealer.curve_serverkey = (keys / "learner.public").read_bytes().strip()
+            dealer.curve_publickey = (keys / f"{self._target.key_name}.public").read_bytes().strip()
+            dealer.curve_secretkey = (keys / f"{self._target.key_name}.secret").read_bytes().strip()
+        dealer.linger, dealer.sndtimeo, dealer.reconnect_ivl = 200, 1000, 10
+        return dealer
 
     # Connections
 
@@ -227,15 +247,17 @@ def hostile(
     keys: Annotated[Path | None, typer.Option(help="Folder of CURVE keys.")] = None,
     key_name: Annotated[str, typer.Option(help="Whose key the fuzzing peers have stolen.")] = "",
     minutes: float = 60.0,
+    config: Annotated[Path | None, typer.Option(help="Of the run, for peers that are let in.")] = None,
 ) -> None:
     """Attack a learner, as far as the numbers or the minutes go."""
-    attacker, started = Hostile(Target(host, tuple(ports), keys, key_name), seed=seed), time.monotonic()
+    attacker, started = Hostile(Target(host, tuple(ports), keys, key_name, config), seed=seed), time.monotonic()
 
     def is_over() -> bool:
         """libzmq aborts the process of a peer that is cut off at a bad moment, so the report is written as we go."""
         report = {
             "messages": attacker.num_messages, "connections": dict(attacker.connections),
             "refused": attacker.num_refused, "wall_s": round(time.monotonic() - started, 1),
+            **(attacker.thief.counts if attacker.thief else {}),
         }  # fmt: skip
         print(json.dumps(report), flush=True)
         return time.monotonic() - started > minutes * 60

@@ -56,11 +56,13 @@ def good_messages(version: Version, lease_id: str) -> list[list[bytes]]:
         ChunkRequest(version=version, index=1), Announcement(version=version), result_for(version),
     ]  # fmt: skip
     framed = [
-        encode(group_header(group), group_frames(group)),
+        encode(group_header(group).stamped(version), group_frames(group)),
         encode(ManifestReply(version=version, num_bytes=5, chunk_bytes=2), [bytes(48)]),
         encode(Chunk(version=version, index=0), [bytes(100)]),
     ]
-    return [[bytes(frame) for frame in frames] for frames in [*map(encode, plain), *framed]]
+    return [
+        [bytes(frame) for frame in frames] for frames in [*(encode(one.stamped(version)) for one in plain), *framed]
+    ]
 
 
 def mutate(frames: list[bytes], chance: random.Random) -> list[bytes]:
@@ -130,7 +132,7 @@ class Payloads:
     def draw(self) -> list[bytes]:
         """The next message; two in three are mutated anew."""
         frames = self._chance.choice(self._pool)
-        return mutate(frames, self._chance) if self._chance.random() < 2 / 3 else frames
+        return (mutate(frames, self._chance) if self._chance.random() < 2 / 3 else frames) or [b""]
 
     def _garbage(self) -> list[bytes]:
         return [self._chance.randbytes(self._chance.choice((0, 1, 7, 60, 900)))]

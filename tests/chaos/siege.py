@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.chaos.site import LEARNER_HOST, Site
 
 SETTLE_S = 5.0
+SUMS = ("messages", "refused", "wall_s", "joined", "leases", "let_in", "answered")
+"""What is added up over the processes of hostile peers."""
 
 
 @dataclass
 class SiegeReport:
     """What was sent, and what it did to the learner."""
 
+    num_messages: int = 0
+    num_connections: int = 0
+    """As many as were wanted."""
     sent: dict[str, Any] = field(default_factory=dict[str, Any])
     crashes: int = 0
     """Learners that ended meanwhile."""
@@ -39,22 +45,41 @@ class SiegeReport:
     """Messages and connections that the learner says it refused, by fault, as its metrics have it at the end."""
 
     @property
+    def num_arrived(self) -> int:
+        """Messages that the learner is known to have read: it answered or refused them."""
+        return self.sent["answered"] + sum(self.refused.values())
+
+    @property
+    def is_whole(self) -> bool:
+        """All that was wanted was sent; thieves were let in and given leases, and most of their messages arrived."""
+        sent = self.sent
+        return (
+            sent["messages"] >= self.num_messages
+            and sum(sent["connections"].values()) >= self.num_connections
+            and min(sent["joined"], sent["leases"], sent["let_in"]) > 0
+            and self.num_arrived >= sent["let_in"] / 2
+        )
+
+    @property
     def is_withstood(self) -> bool:
-        return self.crashes == 0 and self.steps > 0
+        return bool(self.sent) and self.is_whole and self.crashes == 0 and self.steps > 0
 
 
 def besiege(
     site: Site, *, num_messages: int, num_connections: int, seed: int, minutes: float = 60.0, key_name: str = "",
-    keys: Path | None = None,
+    keys: Path | None = None, sample: Callable[[Site], None] = lambda _: None,
 ) -> SiegeReport:  # fmt: skip
-    """Attack the learner of `site` while it trains."""
-    report, pid, first_step = SiegeReport(), site.pid("learner"), site.steps()
-    attackers = _Attackers(site, ["--keys", str(keys), "--key-name", key_name] if keys else [])
+    """Attack the learner of `site` while it trains; `sample` is called again and again meanwhile."""
+    report = SiegeReport(num_messages=num_messages, num_connections=num_connections)
+    pid, first_step = site.pid("learner"), site.steps()
+    options = ["--config", str(site.run_dir / "config.toml")]
+    attackers = _Attackers(site, [*options, "--keys", str(keys), "--key-name", key_name] if keys else options)
     before, deadline = _memory(pid), time.monotonic() + minutes * 60
     ended_at, stepped_at, step = 0.0, time.monotonic(), first_step
     try:
         while not ended_at or time.monotonic() - ended_at < SETTLE_S:
             site.tend()
+            sample(site)
             if (now_pid := site.pid("learner")) != pid:
                 report.crashes, pid, before = report.crashes + 1, now_pid, _memory(now_pid)
             report.memory_left_bytes = _memory(pid) - before
@@ -81,7 +106,7 @@ class _Attackers:
         self._site, self._options = site, options
         self._process: subprocess.Popen[bytes] | None = None
         self._said = site.folder / "hostile.jsonl"
-        self.sent: dict[str, Any] = {"messages": 0, "connections": {}, "refused": 0, "wall_s": 0.0, "processes": 0}
+        self.sent: dict[str, Any] = {"connections": {}, "processes": 0, **dict.fromkeys(SUMS, 0)}
 
     def go_on(self, num_messages: int, num_connections: int, seed: int, *, until: float) -> bool:
         """False where everything was sent, or the time is up."""
@@ -108,7 +133,7 @@ class _Attackers:
         lines = [line for line in self._said.read_text().splitlines() if line.endswith("}")]
         assert lines, f"the hostile peers failed: {(self._site.folder / 'hostile.log').read_text()[-1000:]}"
         found = json.loads(lines[-1])
-        for name in ("messages", "refused", "wall_s"):
+        for name in SUMS:
             self.sent[name] += found[name]
         self.sent["connections"] = dict(Counter(self.sent["connections"]) + Counter(found["connections"]))
 

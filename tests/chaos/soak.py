@@ -49,6 +49,13 @@ class MemoryWatch:
             except psutil.Error:
                 continue
 
+    def complaints(self) -> list[str]:
+        return [
+            f"memory: {name} grew by {life['growth_mib']} MiB, expected at most {MAX_GROWTH_BYTES >> 20} MiB"
+            for name, life in self.growth().items()
+            if life["growth_mib"] > MAX_GROWTH_BYTES / 2**20
+        ]
+
     def growth(self) -> dict[str, dict[str, float]]:
         """By component, of its longest life: MiB after the first minute, at the end, and between."""
         found: dict[str, dict[str, float]] = {}
@@ -93,7 +100,8 @@ class Soak:
             self._say(f"siege: {self._num_messages} messages, {self._num_connections} connections")
             self._siege = besiege(
                 site, num_messages=self._num_messages, num_connections=self._num_connections, seed=self._seed,
-                keys=self._keys, key_name="hostile", minutes=max((self._deadline - time.monotonic()) / 120, 1),
+                keys=self._keys, key_name="hostile", sample=self._watch.sample,
+                minutes=max((self._deadline - time.monotonic()) / 120, 1),
             )  # fmt: skip
             self._say(str(self._siege))
             self._mix_faults()
@@ -105,7 +113,8 @@ class Soak:
             site.close()
         if not self._siege.is_withstood or self._siege.memory_growth_bytes > MAX_GROWTH_BYTES:
             problems.append(f"siege: {self._siege}")
-        problems += self._faults.violations
+        site.ends.read()
+        problems += self._faults.violations + site.ends.complaints + self._watch.complaints()
         return {
             "problems": problems,
             "siege": asdict(self._siege),
