@@ -208,7 +208,7 @@ class Bench:
     def _connect(self, parts: Parts, network: Network, folder: Path) -> None:
         hello = Hello(peer_id="a", session="s", role=Role.ACTOR, engine="simulated", config_hash="agreed")
         self.link = LearnerLink(network, hello)
-        self._fitter = Fitter(self.engine, network, folder, in_flight=True, welcome=lambda: self.link.welcome)
+        self._fitter = Fitter(self.engine, network, folder, name="a", in_flight=True, welcome=lambda: self.link.welcome)
         self.worker = Worker(parts, self.link, self._fitter, self.metrics, self._actor)
         self._fitter.on_loaded = self.worker.wake
 
