@@ -346,6 +346,8 @@ class Inbox:
 
     def _mind_the_silent(self) -> None:
         """Say who is gone, and give back the leases of those who stay away."""
+        for peer in self.peers.all():
+            peer.note_bytes()
         for peer in self.peers.silent(self._door.silence_s):
             if peer.state is not ActorState.GONE:
                 peer.state = ActorState.GONE

@@ -84,8 +84,9 @@ class Connection:
 
     def received_bytes(self) -> int:
         """What it has brought so far, as the kernel counts."""
+        own = self.socket
         try:
-            info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) if self.socket else b""
+            info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) if own else b""
         except OSError:
             return 0
         return struct.unpack_from("=Q", info, TCPI_BYTES_RECEIVED)[0] if len(info) >= TCPI_BYTES_RECEIVED + 8 else 0
