@@ -25,7 +25,6 @@ class Peer:
     """None while it serves no announced weights."""
     sampled_tokens: int = 0
     idle_s: float = 0.0
-    first_heard: float = field(default_factory=time.monotonic)
     last_heard: float = field(default_factory=time.monotonic)
     num_refused_groups: int = 0
     """Since its last good one."""

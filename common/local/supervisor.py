@@ -27,6 +27,8 @@ LONGEST_DELAY_S = 2.0
 """Between a crash and the new start; the first crash of crash_window_s is answered at once."""
 STOP_S = 20.0
 """Longest time from SIGTERM to SIGKILL for actors and evaluator, beyond the time in which they drain."""
+KILL_S = 30.0
+"""Longest time from SIGKILL to a component's end."""
 HURRY_S = 2.0
 """Time for peers to leave by themselves once the learner is gone."""
 LEARNER_STOP_S = 600.0
@@ -91,7 +93,13 @@ class Component:
             for process in reversed(_family(self.process.pid)):
                 with suppress(psutil.Error):
                     process.kill()
-            self.process.wait()
+            try:
+                self.process.wait(timeout=KILL_S)
+            except subprocess.TimeoutExpired as error:
+                raise ComponentFailure(
+                    f"waited {KILL_S:.0f} s for {self.name} (process {self.process.pid}) to end after SIGKILL, "
+                    "expected it gone: it may hang in a disk or device"
+                ) from error
 
     def last_words(self) -> str:
         """The line with which it ended, or else the last one of its log: libraries grumble even after the end.
