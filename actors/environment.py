@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from common.chat import ChatMessage
@@ -30,17 +31,30 @@ class Turn:
     """Added to the trajectory's reward."""
     messages: tuple[ChatMessage, ...] = ()
     """What the policy reads next; empty ends the episode."""
+    is_parsed: bool = True
+    """Whether the environment found in the answer what it looks for; evaluations count those in which it did not."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a scorer makes of one answer."""
+
+    reward: float
+    is_parsed: bool = True
 
 
 class Episode(Protocol):
     """One attempt at one task."""
 
+    category: str
+    """What evaluations tell accuracies apart by; empty where there is nothing to tell apart."""
+
     async def begin(self) -> Sequence[ChatMessage]:
         """The opening conversation; equal for every attempt at the task."""
         ...
 
-    async def answer(self, text: str) -> Turn:
-        """Called with each answer of the policy, until a turn without messages."""
+    async def answer(self, text: str, *, is_truncated: bool) -> Turn:
+        """Called with each answer of the policy, until a turn without messages. A truncated one is the last."""
         ...
 
 
@@ -68,6 +82,14 @@ class SingleTurn(ABC, Generic[Task]):
     def score(self, task: Task, text: str) -> float:
         """The reward of an answer."""
 
+    def judge(self, task: Task, text: str, *, is_truncated: bool) -> Judgement:
+        """The reward of an answer, and whether it could be read at all: for environments that tell these apart."""
+        return Judgement(self.score(task, text))
+
+    def category(self, task: Task) -> str:
+        """What evaluations tell accuracies apart by."""
+        return ""
+
     def episode(self, split: Split, index: int) -> Episode:
         return SingleTurnEpisode(self, *self.task(split, index))
 
@@ -79,13 +101,15 @@ class SingleTurnEpisode:
         self._environment = environment
         self._task = task
         self._messages = messages
+        self.category: str = environment.category(task)
 
     async def begin(self) -> Sequence[ChatMessage]:
         return self._messages
 
-    async def answer(self, text: str) -> Turn:
-        loop = asyncio.get_running_loop()
-        return Turn(await loop.run_in_executor(SCORER, self._environment.score, self._task, text))
+    async def answer(self, text: str, *, is_truncated: bool) -> Turn:
+        judge = partial(self._environment.judge, self._task, text, is_truncated=is_truncated)
+        judgement = await asyncio.get_running_loop().run_in_executor(SCORER, judge)
+        return Turn(judgement.reward, is_parsed=judgement.is_parsed)
 
 
 def make_environment(name: str, *, seed: int, options: dict[str, Any]) -> Environment:

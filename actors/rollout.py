@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -22,6 +22,18 @@ Reply = TypeVar("Reply")
 
 class PromptTooLong(Exception):
     """The conversation leaves no room for an answer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One episode from its beginning to its end."""
+
+    trajectory: Trajectory
+    num_prompt_tokens: int
+    text: str
+    """The last answer."""
+    is_parsed: bool
+    """Whether the environment could read that answer."""
 
 
 class Tape:
@@ -80,25 +92,29 @@ class Rollout:
                 running.create_task(self.episode(episode, replace(sampling, seed=lease.seed + k)))
                 for k, episode in enumerate(episodes)
             ]
-        trajectories, prompts = zip(*(task.result() for task in tasks), strict=True)
-        return TrajectoryGroup(lease.lease_id, min(prompts), trajectories, time.monotonic() - started)
+        attempts = [task.result() for task in tasks]
+        num_prompt_tokens = min(attempt.num_prompt_tokens for attempt in attempts)
+        trajectories = tuple(attempt.trajectory for attempt in attempts)
+        return TrajectoryGroup(lease.lease_id, num_prompt_tokens, trajectories, time.monotonic() - started)
 
-    async def episode(self, episode: Episode, sampling: SamplingParameters) -> tuple[Trajectory, int]:
-        """One episode to its end: its trajectory and the number of prompt tokens."""
+    async def episode(self, episode: Episode, sampling: SamplingParameters) -> Attempt:
+        """One episode to its end."""
         prompt = self._chat.prompt_tokens(await self._from_environment(episode.begin(), "a prompt"))
         tape, reward = Tape(prompt), 0.0
         while True:
             answer = await self._sample(tape.tokens, sampling)
             tape.write(answer)
             text = self._chat.text(answer.tokens.tolist())
-            turn = await self._from_environment(episode.answer(text), "a score")
-            reward += turn.reward
             is_truncated = answer.finish is FinishReason.LENGTH
-            if is_truncated or not turn.messages:
-                return tape.trajectory(reward, is_truncated=is_truncated), len(prompt)
-            tape.read(self._chat.continuation_tokens(turn.messages))
-            if len(tape.tokens) >= self._max_model_tokens:
-                return tape.trajectory(reward, is_truncated=True), len(prompt)
+            turn = await self._from_environment(episode.answer(text, is_truncated=is_truncated), "a score")
+            reward += turn.reward
+            is_over = is_truncated or not turn.messages
+            if not is_over:
+                tape.read(self._chat.continuation_tokens(turn.messages))
+                is_over = is_truncated = len(tape.tokens) >= self._max_model_tokens
+            if is_over:
+                trajectory = tape.trajectory(reward, is_truncated=is_truncated)
+                return Attempt(trajectory, len(prompt), text, turn.is_parsed)
 
     async def _sample(self, tokens: list[int], sampling: SamplingParameters) -> Answer:
         room = self._max_model_tokens - len(tokens)

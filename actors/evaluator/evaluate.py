@@ -37,7 +37,7 @@ async def evaluate(
 
     async def run(index: int) -> tuple[float, int]:
         async with room:
-            trajectory, _ = await parts.rollout.episode(episodes[index], sampling)
+            trajectory = (await parts.rollout.episode(episodes[index], sampling)).trajectory
         return trajectory.reward, trajectory.num_answer_tokens
 
     try:
