@@ -28,7 +28,7 @@ class Start:
             self.ledger,
             Recorder(folder, self.ledger),
             every_steps=2,
-            last_step=9,
+            last_steps={9},
             chunk_bytes=1 << 20,
         )
 
