@@ -142,7 +142,9 @@ def _read_mathematics(layout: Layout, row: TableRow) -> Row:
     given = take(row, layout.answers, TEXT_OR_NUMBER)
     answer = _without_zero_decimals(gold_answer(given) or "")
     if not answer or not layout.accepts(answer):
-        raise OperatorError(f"{row.where}: {_column_of(row, layout.answers)}: got {clip(given)}, expected {layout.expected}")
+        raise OperatorError(
+            f"{row.where}: {_column_of(row, layout.answers)}: got {clip(given)}, expected {layout.expected}"
+        )
     return Row(row.where, question, answer, _category_of(layout, row))
 
 

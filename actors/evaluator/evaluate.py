@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from actors.engine import SamplingParameters
+from actors.evaluator.progress import Progress
 from actors.evaluator.samples import Sample
 from actors.evaluator.scores import score_task
 from actors.evaluator.tasks import EvaluationTask
@@ -39,15 +40,6 @@ def plan_of(config: Config, tasks: Sequence[EvaluationTask]) -> Plan:
         top_k=config.eval.top_k,
     )
     return Plan(tasks, sampling, config.eval.samples_per_problem, config.eval.max_concurrency, config.run.seed)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far the task under way has come."""
-
-    task: str
-    num_done: int
-    num_answers: int
 
 
 class Evaluation:

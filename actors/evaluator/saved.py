@@ -78,7 +78,9 @@ def _check_places(answers: Mapping[Place, SavedAnswer], tasks: Sequence[Evaluati
             raise OperatorError(f'{saved.where}: task: got "{name}", expected {" or ".join(problems)}')
         if problem not in problems[name]:
             last = max(problems[name])
-            among = f"one from 0 to {last}" if len(problems[name]) == last + 1 else f"one of {len(problems[name])} drawn"
+            among = (
+                f"one from 0 to {last}" if len(problems[name]) == last + 1 else f"one of {len(problems[name])} drawn"
+            )
             raise OperatorError(f"{saved.where}: problem: got {problem} of {name}, expected {among}")
         if number >= 4096:
             raise OperatorError(f"{saved.where}: sample: got {number}, expected less than 4096")

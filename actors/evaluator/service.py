@@ -7,12 +7,12 @@ pinned meanwhile. Beside that its engine is started and watched.
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from actors.evaluator.evaluate import Evaluation, Plan, Progress
+from actors.evaluator.evaluate import Evaluation, Plan
 from actors.evaluator.metrics import EvaluatorMetrics
+from actors.evaluator.reports import Reports
 from actors.evaluator.samples import Sample, write_samples
 from actors.fitter import Fitter
 from actors.guard import SamplingFailed
@@ -155,7 +155,9 @@ class EvaluationService:
     async def _score(self, version: Version) -> tuple[TaskScore, ...]:
         """The samples appear under their name when all of them are there."""
         kept: list[Sample] = []
-        evaluation = Evaluation(self._plan, self._parts.rollout, show=Reports(version).note, keep=kept.extend)
+        evaluation = Evaluation(
+            self._plan, self._parts.rollout, show=Reports(str(version), every_s=REPORT_S).note, keep=kept.extend
+        )
         scores = await evaluation.run()
         if self._samples_of:
             path = self._samples_of(version.step)
@@ -171,17 +173,3 @@ class EvaluationService:
         return await self._link.ask(
             WorkRequest(state=self.state, capacity=0, serving=version), Work, phase="an evaluation"
         )
-
-
-class Reports:
-    """Says now and then how far an evaluation has come."""
-
-    def __init__(self, version: Version) -> None:
-        self._version = version
-        self._reported = time.monotonic()
-
-    def note(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self._reported > REPORT_S:
-            self._reported = now
-            log.info("%s: %s: %d of %d answers", self._version, progress.task, progress.num_done, progress.num_answers)
