@@ -298,7 +298,7 @@ def test_threads_take_turns(comparer: Comparer) -> None:
     assert verdicts == [Verdict.SAME, Verdict.DIFFERENT] * 20
 
 
-def test_common_answers_wait_for_no_child_and_others_come_at_a_hundred_a_second(comparer: Comparer) -> None:
+def test_common_answers_wait_for_no_child_and_others_come_at_ten_a_second_at_least(comparer: Comparer) -> None:
     started = time.monotonic()
     for n in range(5000):
         assert judge(str(n), rf"some words, so \boxed{{{n}}}.").reward == 1.0
