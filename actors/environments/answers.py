@@ -74,7 +74,7 @@ def _up_to_closing_brace(text: str, start: int) -> str:
 def _plain(answer: str) -> str:
     """An answer without what changes its looks only."""
     answer = answer.replace("−", "-").replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    answer = _SPACED_SIGN.sub(r"\1", _DISCARDED.sub("", answer).strip().rstrip("."))
+    answer = _SPACED_SIGN.sub(r"\1", _DISCARDED.sub("", answer).strip().rstrip(" ."))
     return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
 
 
