@@ -308,7 +308,10 @@ def test_answers_that_cannot_be_scored_are_told_in_one_line(lines: list[Any], sa
         (["--model", "m", "--answers", "a"], "--answers: got --model too, expected one of them"),
         (["--model", "nowhere", "--benchmark", "amc"], "model.path: got 'nowhere', expected a Hugging Face folder"),
         (["--answers", "a.jsonl", "--benchmark", "amc=missing.jsonl"], "missing.jsonl: cannot be read"),
-        (["--answers", "a.jsonl", "eval.samples_per_problem=4"], "eval.temperature: got 0 with samples_per_problem 4"),
+        (
+            ["--answers", "a.jsonl", "eval.samples_per_problem=4"],
+            "override: eval.samples_per_problem: got 4 with eval.temperature 0",
+        ),
     ],
 )
 def test_a_wrong_command_is_told_in_one_line(arguments: list[str], said: str) -> None:

@@ -317,8 +317,8 @@ class Eval(Section):
     def _check(self) -> Self:
         if self.samples_per_problem > 1 and self.temperature == 0:
             raise ValueError(
-                f"eval.temperature: got 0 with samples_per_problem {self.samples_per_problem}, expected more than 0 "
-                "(greedy answers to one problem are all alike), or 1 sample per problem"
+                f"eval.samples_per_problem: got {self.samples_per_problem} with eval.temperature 0, expected 1 "
+                "(greedy answers to a problem are all alike), or a temperature"
             )
         names = [text.partition("=")[0] for text in self.benchmarks]
         for name in names:
