@@ -310,7 +310,7 @@ def test_answers_that_cannot_be_scored_are_told_in_one_line(lines: list[Any], sa
         (["--answers", "a.jsonl", "--benchmark", "amc=missing.jsonl"], "missing.jsonl: cannot be read"),
         (
             ["--answers", "a.jsonl", "eval.samples_per_problem=4"],
-            "override: eval.samples_per_problem: got 4 with eval.temperature 0",
+            "eval.samples_per_problem: got 4 with eval.temperature 0",
         ),
     ],
 )
