@@ -11,8 +11,8 @@ import pytest
 
 from actors.evaluator.benchmarks import LAYOUTS, load_benchmark, split_of_source
 from actors.evaluator.tasks import EvaluationTask, make_tasks
+from common.config.evaluation import BenchmarkName
 from common.config.load import resolve_config
-from common.config.schema import BenchmarkName
 from common.errors import ConfigError, OperatorError
 from tests.runs import run_module
 

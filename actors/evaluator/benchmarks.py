@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.environment import Environment
-from common.config.schema import BenchmarkName
+from common.config.evaluation import BenchmarkName
 from common.errors import OperatorError
 from common.tables import INTEGER, TEXT, TEXT_OR_NUMBER, TEXTS, TableRow, clip, read_table, take, take_if_any
 

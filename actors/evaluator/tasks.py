@@ -7,7 +7,8 @@ from random import Random
 
 from actors.environment import Environment, make_environment
 from actors.evaluator.benchmarks import load_benchmark
-from common.config.schema import PROCEDURAL, Config
+from common.config.evaluation import PROCEDURAL
+from common.config.schema import Config
 from common.errors import ConfigError, OperatorError
 
 
