@@ -15,7 +15,19 @@ from common.chat import ChatMessage
 from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command
 from common.config.schema import Config
 from common.errors import OperatorError
-from learner.expert.importing import BadRow, Response, Screen, read_jsonl, read_reasoning_gym
+from common.tables import EXPECTED_SOURCE
+from learner.expert.importing import (
+    QUESTION,
+    USUAL_COLUMNS,
+    BadRow,
+    DemonstrationColumns,
+    PromptForm,
+    Response,
+    Screen,
+    read_jsonl,
+    read_reasoning_gym,
+    read_tables,
+)
 from learner.expert.store import ExpertRow, ExpertStore, NewRow, store_path
 
 PROGRESS_EVERY_S = 2.0
@@ -35,6 +47,14 @@ FilesArgument = Annotated[
         help="JSON lines with messages, or with prompt and response; then values that go before the file's.",
     ),
 ]
+SourcesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SOURCE... [SECTION.KEY=VALUE]...",
+        help="A .jsonl or .parquet file, a folder of .parquet files, or a dataset id owner/name[:config]; then values.",
+    ),
+]
+ColumnOption = Annotated[str, typer.Option(help="Of the table; without it, the usual names.")]
 SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out instead of stopping at them.")]
 
 
@@ -47,15 +67,45 @@ def import_jsonl(
     system_prompt: Annotated[str, typer.Option(help="Goes before each prompt; messages are left as they are.")] = "",
 ) -> None:
     """Import files of JSON lines."""
-    paths = [Path(argument) for argument in arguments or () if not _OVERRIDE.match(argument)]
-    overrides = [argument for argument in arguments or () if _OVERRIDE.match(argument)]
-    resolved = resolve_or_check(config, overrides, check=check)
+    files, overrides = _apart(arguments)
+    resolved, paths = resolve_or_check(config, overrides, check=check), [Path(file) for file in files]
     if not paths:
         raise OperatorError("FILE: got none, expected at least one file of JSON lines")
     for path in paths:
         if not path.exists():
             raise OperatorError(f"{path}: got no such file, expected a file of JSON lines")
     _import(resolved.config, read_jsonl(paths, system_prompt=system_prompt), skip_bad_rows=skip_bad_rows)
+
+
+@import_app.command("table")
+def import_table(
+    arguments: SourcesArgument = None,
+    config: ConfigOption = None,
+    check: CheckOption = False,
+    skip_bad_rows: SkipOption = False,
+    split: Annotated[str, typer.Option(help="Of datasets.")] = "train",
+    prompt_column: ColumnOption = "",
+    response_column: ColumnOption = "",
+    messages_column: ColumnOption = "",
+    system_prompt: Annotated[str, typer.Option(help="Goes before each prompt; messages are left as they are.")] = "",
+    prompt_template: Annotated[str, typer.Option(help="The prompt stands in place of {question}.")] = QUESTION,
+    leave_out_held_out: Annotated[
+        bool, typer.Option("--leave-out-held-out", help="Leave out questions that environments hold out by their hash.")
+    ] = False,
+) -> None:
+    """Import tables with messages, or with prompt and response: JSON lines, Parquet, or datasets of the hub."""
+    sources, overrides = _apart(arguments)
+    resolved = resolve_or_check(config, overrides, check=check)
+    if not sources:
+        raise OperatorError(f"SOURCE: got none, expected at least one: {EXPECTED_SOURCE}")
+    rows = read_tables(
+        sources,
+        split=split,
+        columns=_columns(prompt_column, response_column, messages_column),
+        form=PromptForm(system_prompt, prompt_template),
+        leave_out_held_out=leave_out_held_out,
+    )
+    _import(resolved.config, rows, skip_bad_rows=skip_bad_rows)
 
 
 @import_app.command("reasoning_gym")
@@ -133,6 +183,27 @@ def export(
 
 def _open(config: Path | None, overrides: list[str] | None, *, check: bool) -> ExpertStore:
     return ExpertStore(store_path(resolve_or_check(config, overrides, check=check).config))
+
+
+def _apart(arguments: list[str] | None) -> tuple[list[str], list[str]]:
+    """What is to be read, and overrides."""
+    overrides = [argument for argument in arguments or () if _OVERRIDE.match(argument)]
+    return [argument for argument in arguments or () if argument not in overrides], overrides
+
+
+def _columns(prompt: str, response: str, messages: str) -> DemonstrationColumns:
+    """The columns that options name, else the usual ones; who names one form does not get the other."""
+    if messages and (prompt or response):
+        raise OperatorError("--messages-column: got a prompt or response column too, expected one form or the other")
+    if messages:
+        return DemonstrationColumns((), (), (messages,), ())
+    usual = USUAL_COLUMNS
+    return DemonstrationColumns(
+        (prompt,) if prompt else usual.prompt,
+        (response,) if response else usual.response,
+        () if prompt or response else usual.messages,
+        usual.source,
+    )
 
 
 def _import(
