@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.environment import Judgement, SingleTurn
-from actors.environments.questions import QuestionTables, read_questions
+from actors.environment import Judgement
+from actors.environments.questions import QUESTION, Questions, read_questions
+from actors.environments.rewards import Reward
 from common.chat import ChatMessage
 from common.errors import OperatorError
 from common.function_calls import read_calls
 from common.problems import Split
-from common.tables import TEXT, TableRow, clip, take, take_if_any
+from common.tables import ANY_TEXT, TEXT, TableRow, clip, take, take_if_any
 
 THOUGHT_END = "</think>"
 """What a model writes up to here is not its answer."""
@@ -19,19 +20,24 @@ THOUGHT_END = "</think>"
 class CallingTask:
     """A question, and the calls that answer it."""
 
+    question: str
     system: str
     """Tells of the functions and how to call them; empty: no system message."""
-    question: str
     expected: tuple[str, ...]
     """As `read_calls` spells them."""
+    category: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.question
 
 
-class FunctionCalling(SingleTurn[CallingTask]):
-    """Options: those of `QuestionTables`; columns `system`, `question`, `answer`, as `chord-expert import toolace` writes.
+class FunctionCalling(Questions[CallingTask]):
+    """Tables of `system`, `question` and `answer`, as `chord-expert import toolace` writes them.
 
     The reward is binary: 1 where the answer, thoughts apart, is a list of calls and nothing else, and these are the
     expected ones: the same functions as often, with the same arguments of the same values. Order says nothing, as the
-    calls of one answer cannot depend on one another's results. See `read_calls` for when values are the same.
+    calls of one answer cannot depend on one another's results. `read_calls` knows when values are the same.
     """
 
     def __init__(
@@ -44,17 +50,23 @@ class FunctionCalling(SingleTurn[CallingTask]):
         held_out_split: str = "",
         num_train_problems: int | None = None,
     ) -> None:
-        tables = QuestionTables(source, split, held_out_source, held_out_split, num_train_problems)
-        self._tasks = read_questions(tables, _read_task, seed=seed)
+        """The tables alone decide which task has which number, not the seed."""
+        tasks = read_questions(
+            _read_task,
+            source=source,
+            split=split,
+            held_out_source=held_out_source,
+            held_out_split=held_out_split,
+            num_train_problems=num_train_problems,
+        )
+        super().__init__(
+            train=tasks.train, held_out=tasks.held_out, prompt_template=QUESTION, system_prompt="", reward=Reward.BINARY
+        )
 
     def task(self, split: Split, index: int) -> tuple[CallingTask, Sequence[ChatMessage]]:
-        tasks = self._tasks.train if split == "train" else self._tasks.held_out
-        task = tasks[index % len(tasks) if split == "train" else index]
-        system = [ChatMessage(role="system", content=task.system)] if task.system else []
-        return task, [*system, ChatMessage(role="user", content=task.question)]
-
-    def score(self, task: CallingTask, text: str) -> float:
-        return self.judge(task, text, is_truncated=False).reward
+        task, messages = super().task(split, index)
+        system = (ChatMessage(role="system", content=task.system),) if task.system else ()
+        return task, (*system, *messages)
 
     def judge(self, task: CallingTask, text: str, *, is_truncated: bool) -> Judgement:
         calls = read_calls(text.rpartition(THOUGHT_END)[2])
@@ -66,4 +78,4 @@ def _read_task(row: TableRow) -> CallingTask:
     expected = read_calls(answer)
     if expected is None:
         raise OperatorError(f"{row.where}: answer: got {clip(answer)}, expected calls such as [name(key=value)]")
-    return CallingTask(take_if_any(row, ["system"], TEXT) or "", take(row, ["question"], TEXT), expected)
+    return CallingTask(take(row, ["question"], TEXT), take_if_any(row, ["system"], ANY_TEXT) or "", expected)

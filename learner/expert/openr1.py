@@ -14,7 +14,7 @@ from typing import Any
 from common.chat import Chat, ChatMessage
 from common.config.schema import Config
 from common.errors import ConfigError, OperatorError
-from common.tables import LIST, TEXT, TEXT_OR_NUMBER, TableRow, take, take_if_any
+from common.tables import ANY_TEXT, LIST, TEXT, TableRow, take, take_if_any
 from learner.expert.selection import Asked, Candidate, Funnel, Once, Selection, known_questions, leaves_room, select
 from learner.expert.store import NewRow
 
@@ -152,7 +152,7 @@ def _problem(row: TableRow, funnel: Funnel) -> _Problem | None:
     if len(generations) < MIN_GENERATIONS:
         return None
     funnel.reach(SEVERAL)
-    answer = integer_of(take_if_any(row, ["answer"], TEXT_OR_NUMBER) or "")
+    answer = integer_of(take_if_any(row, ["answer"], ANY_TEXT) or "")
     if answer is None:
         return None
     funnel.reach(INTEGER)
@@ -160,7 +160,7 @@ def _problem(row: TableRow, funnel: Funnel) -> _Problem | None:
     if not verified:
         return None
     funnel.reach(VERIFIED)
-    question, uuid = take(row, ["problem"], TEXT).strip(), take_if_any(row, ["uuid"], TEXT) or ""
+    question, uuid = take(row, ["problem"], TEXT).strip(), take_if_any(row, ["uuid"], ANY_TEXT) or ""
     return _Problem(question, answer, uuid, generations, verified)
 
 

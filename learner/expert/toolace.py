@@ -11,7 +11,7 @@ from common.chat import Chat, ChatMessage
 from common.config.schema import Config
 from common.errors import ConfigError, OperatorError
 from common.function_calls import read_calls
-from common.tables import LIST, TEXT, TableRow, clip, take, take_if_any
+from common.tables import ANY_TEXT, LIST, TableRow, clip, take, take_if_any
 from learner.expert.selection import Asked, Candidate, Funnel, Once, Selection, known_questions, leaves_room, select
 from learner.expert.store import NewRow
 
@@ -68,7 +68,7 @@ def _record(row: TableRow, funnel: Funnel) -> dict[str, str] | None:
     if not question or read_calls(answer) is None:
         return None
     funnel.reach(CALLS)
-    return {"system": (take_if_any(row, ["system"], TEXT) or "").strip(), "question": question, "answer": answer}
+    return {"system": (take_if_any(row, ["system"], ANY_TEXT) or "").strip(), "question": question, "answer": answer}
 
 
 def _prompt(record: Mapping[str, str]) -> tuple[ChatMessage, ...]:
