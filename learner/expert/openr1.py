@@ -34,8 +34,9 @@ SHORT = "with such a generation that is short enough"
 ROOM = "whose prompt leaves room for an answer"
 
 _WRAPPED = re.compile(r"\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\\boxed\{(.*)\}", re.DOTALL)
-_SPACING = re.compile(r"\\[,!;: ]|[\s~]")
-_DIGITS = re.compile(r"[+-]?([0-9]{1,100}|[0-9]{1,3}(,[0-9]{3}){1,30})")
+_THOUSANDS = re.compile(r"(?<=[0-9])(,?\\[,!;: ]|[ ~]|\{,\})(?=[0-9]{3}(?![0-9]))")
+"""What stands for a comma between thousands, some of LaTeX's spacing among it."""
+_INTEGER = re.compile(r"([+-]?)\s*([0-9]{1,100}|[0-9]{1,3}(?:,[0-9]{3}){1,30})")
 
 Rows = Callable[[], Iterable[TableRow]]
 """Reads the source from its beginning."""
@@ -99,14 +100,14 @@ def expert_rows(config: Config, rows: Rows, selection: Selection) -> Iterator[Ne
 def integer_of(answer: str) -> str | None:
     """An answer as a plain integer, None where it is none.
 
-    $ $, \\( \\), \\[ \\] and \\boxed{} around it, spaces and LaTeX's are taken away; what is left must be an optional
-    sign and digits, with commas (also LaTeX's {,}) between all thousands or nowhere. 12.0, 6/2 and 180^\\circ are none.
+    $ $, \\( \\), \\[ \\] and \\boxed{} around it are taken away; what is left must be an optional sign and digits, with
+    a comma, a space or LaTeX's spacing between all thousands or nowhere. 12.0, 6/2, 180^\\circ and "2 3" are none.
     """
     text = answer.strip()
     while wrapped := _WRAPPED.fullmatch(text):
         text = next(part for part in wrapped.groups() if part is not None).strip()
-    text = _SPACING.sub("", text).replace("{,}", ",").replace("−", "-")
-    return str(int(text.replace(",", ""))) if _DIGITS.fullmatch(text) else None
+    found = _INTEGER.fullmatch(_THOUSANDS.sub(",", text.replace("−", "-")))
+    return str(int("".join(found.groups()).replace(",", ""))) if found else None
 
 
 def _candidates(
