@@ -138,20 +138,13 @@ class Publisher:
             owed = self._owed.get(result.version.step)
         if owed and owed.hash != result.version.hash:
             return Outcome.REFUSED
-        line = {
-            "step": result.version.step,
-            "task": result.task,
-            "num_problems": result.num_problems,
-            "num_correct": result.num_correct,
-            "accuracy": result.num_correct / result.num_problems,
-            "mean_score": result.mean_score,
-            "mean_answer_tokens": result.mean_answer_tokens,
-            "wall_s": result.wall_s,
-            "version_hash": result.version.hash,
-        }
-        outcome = self._ledger.evaluations.finish(result.version.step, line)
+        lines = [
+            {"step": result.version.step, **score.line(), "version_hash": result.version.hash}
+            for score in result.scores
+        ]
+        outcome = self._ledger.evaluations.finish(result.version.step, lines)
         if outcome is Outcome.COMMITTED:
-            self._recorder.add_evaluation(line)
+            self._recorder.add_evaluation(lines)
         with self._lock:
             version = self._owed.pop(result.version.step, None)
         if version:

@@ -312,7 +312,7 @@ def test_a_drained_evaluator_ends_the_evaluation_that_it_began(
     assert code == 0, said
     told = [state for state in learner.states if state is not ActorState.FITTING]
     assert told == [ActorState.STARTING, ActorState.SERVING, ActorState.DRAINING]
-    assert [result.num_problems for result in learner.of(EvaluationResult)] == [8]
+    assert [result.scores[0].num_problems for result in learner.of(EvaluationResult)] == [8]
     assert isinstance(learner.heard[-1], Goodbye)
 
 

@@ -91,7 +91,7 @@ def _report(run_dir: RunDir, database: Database, files: Files, *, is_over: bool)
         *lost, *twice, *_stale(database, bound), *_leases(database), *_batches(database, history, groups_per_step),
         *_bodies(database, history), *_checkpoint_violations(files.checkpoints, history),
         *_lines("metrics.jsonl", files.metrics, account.records(), slack),
-        *_lines("eval.jsonl", files.evaluations, account.evaluations(), slack),
+        *_lines("eval.jsonl", files.evaluations, account.evaluations(), slack * account.num_evaluated_tasks()),
         *_versions(account, history), *_final(run_dir, history, is_over=is_over),
     ]  # fmt: skip
     return Report(
@@ -249,7 +249,7 @@ def _versions(account: Account, history: History) -> Iterator[str]:
             yield f"versions: the one after step {step} is missing"
     for line in account.evaluations():
         if hashes.get(line["step"]) != line["version_hash"]:
-            yield f"evaluations: that of version {line['step']} was made with other weights"
+            yield f"evaluations: that of version {line['step']} on {line['task']} was made with other weights"
 
 
 def _final(run_dir: RunDir, history: History, *, is_over: bool) -> Iterator[str]:

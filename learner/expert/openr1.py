@@ -15,6 +15,7 @@ from common.chat import Chat, ChatMessage
 from common.config.schema import Config
 from common.errors import ConfigError, OperatorError
 from common.tables import ANY_TEXT, LIST, TEXT, TableRow, take, take_if_any
+from learner.expert.importing import QUESTION
 from learner.expert.selection import Asked, Candidate, Funnel, Once, Selection, known_questions, leaves_room, select
 from learner.expert.store import NewRow
 
@@ -22,8 +23,6 @@ SOURCE = "open-r1/OpenR1-Math-220k"
 COLUMNS = ("problem", "answer", "uuid", "generations", "correctness_math_verify", "is_reasoning_complete")
 """Those of the published ones that are read."""
 MIN_GENERATIONS = 2
-QUESTION = "{question}"
-"""Stands for the question in a prompt template."""
 
 READ = "problems read"
 SEVERAL = "with two or more generations"
