@@ -106,7 +106,7 @@ def test_limits_of_a_recipe_fit_each_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", [MATHS, TOOLS])
 def test_memory_in_the_comments_is_what_parameters_and_ranks_make(name: str) -> None:
-    """In GB: parameters, float32 copy and moments, and all that a rank holds (tools: with 8,192 tokens of activations)."""
+    """In GB: parameters, float32 copy and moments, all that a rank holds (tools: with 8,192 tokens of activations)."""
     text, num_ranks, billions = path_of(name).read_text(), recipe(name).learner.num_ranks, BILLIONS[name]
     parameters, moments = 2 * billions, 12 * billions
     activations = 8192 * 3.7e-3 if name == TOOLS else 0.0
