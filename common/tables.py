@@ -6,6 +6,7 @@ Files are streamed as they lie; a dataset id goes through the `datasets` library
 import codecs
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,12 +226,15 @@ def _load_dataset(source: str, split: str) -> Any:
     try:
         for library in libraries:
             library.logging.set_verbosity(50)  # what goes wrong is told below, in one line
+            if not sys.stderr.isatty():
+                library.utils.disable_progress_bars()
         reason = _unreachable(name)
         if reason:
             huggingface_hub.constants.HF_HUB_OFFLINE = True  # else every file is asked for six times, with pauses
         return cast(Any, datasets).load_dataset(name, config or None, split=split)
     except Exception as error:
-        got = f"the hub cannot be reached, and the dataset is not cached: {reason}" if reason else _in_one_line(error)
+        is_uncached = reason and isinstance(error, ConnectionError)
+        got = f"not cached, and the hub cannot be reached: {reason}" if is_uncached else _in_one_line(error)
         raise OperatorError(f"{source}[{split}]: cannot be fetched ({got}), expected {EXPECTED_SOURCE}") from error
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE = was_offline

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import zmq
-from runs import read_lines, read_summary
 
 from common.errors import OperatorError
 from common.version import Version
@@ -16,6 +15,7 @@ from common.wire.sockets import SocketLimits
 from learner.ledger.ledger import Ledger
 from learner.publisher import Publisher
 from learner.recorder import Recorder
+from tests.runs import read_lines, read_summary
 
 
 class Start:

@@ -5,8 +5,10 @@ from fractions import Fraction
 
 MAX_ANSWER_CHARS = 1000
 """A longer final answer is none."""
+_MAX_BOXES = 20
+"""Boxes looked at, from the last one on."""
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_STATED = re.compile(r"(?:\banswer\s*(?:\*\*)?\s*(?:is\b|:)|####)[\s:*]*([^\n]+)", re.IGNORECASE)
+_STATED = re.compile(r"(?:\banswer[\s*]{0,5}(?:is\b|:)|####)[\s:*]*([^\n]+)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _DISCARDED = re.compile(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\[!,;:$]|\$|\\[()\[\]]")
 _SPACED_SIGN = re.compile(r"\s*([^\w\s])\s*")
@@ -18,7 +20,7 @@ _FRACTION = re.compile(r"([+-]?)(?:\\frac\{(\d{1,50})\}\{(\d{1,50})\}|(\d{1,50})
 
 def boxed_answer(text: str) -> str | None:
     r"""What stands in the last \boxed{…} that is closed and not empty."""
-    for start in reversed(list(_BOX.finditer(text))):
+    for start in list(_BOX.finditer(text))[: -_MAX_BOXES - 1 : -1]:
         content = _up_to_closing_brace(text, start.end()).strip()
         if content and len(content) <= MAX_ANSWER_CHARS:
             return content
@@ -72,7 +74,7 @@ def _up_to_closing_brace(text: str, start: int) -> str:
 def _plain(answer: str) -> str:
     """An answer without what changes its looks only."""
     answer = answer.replace("−", "-").replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    answer = _SPACED_SIGN.sub(r"\1", _DISCARDED.sub("", answer).strip().rstrip("."))
+    answer = _SPACED_SIGN.sub(r"\1", _DISCARDED.sub("", answer).strip().rstrip(" ."))
     return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
 
 

@@ -54,7 +54,9 @@ def _verdict(gold: str, answer: str) -> Verdict:
         is_same = verify(parse(f"${gold}$", parsing_timeout=STEP_LIMIT_S), found, timeout_seconds=STEP_LIMIT_S)
     except Exception:
         return Verdict.UNREADABLE
-    return Verdict.SAME if is_same else Verdict.DIFFERENT
+    if is_same:
+        return Verdict.SAME
+    return Verdict.UNREADABLE if all(isinstance(value, str) for value in found) else Verdict.DIFFERENT
 
 
 if __name__ == "__main__":

@@ -21,11 +21,15 @@ MAX_OPTIONS = len(ascii_uppercase)
 PROMPT_TEMPLATE = (
     '{question}\n\nThink step by step, and end with "The answer is (X)", where X is the right option\'s letter.'
 )
-_STATED = re.compile(r"(?i:\banswer\s*(?:\*\*)?\s*(?:is\b|:))[\s:*$]*(?:option\s+)?(\(?)([A-Z])(?![\w'’])(\)?)")
+_FONT = r"(?:\\(?:text|mathrm|textbf|mathbf)\s{0,5}\{)?\s{0,5}"
+# Runs are bounded: an answer may be a long run of anything.
+_STATED = re.compile(
+    r"(?i:\banswer[\s*]{0,5}(?:is\b|:))[\s:*$\\]{0,20}(?:option\s{1,5})?" + _FONT + r"(\(?)([A-Z])(?![\w'’])"
+)
 _PRONOUN = re.compile(r"\s+[a-z]")
 """What follows the word "I", and no letter of an option."""
-_BOXED = re.compile(r"(?:\\(?:text|mathrm|textbf|mathbf)\s*\{)?\s*\(?([A-Z])(?![\w'’])")
-_LONE = re.compile(r"^[\s*$(]*([A-Z])[)*$.:\s]*$|(?<![\w'’])([A-Z])[)*$.\s]*\Z", re.MULTILINE)
+_BOXED = re.compile(_FONT + r"\(?([A-Z])(?![\w'’])")
+_LONE = re.compile(r"^[ \t*$(]{0,20}([A-Z])[)*$.: \t]{0,20}$|(?<![\w'’])([A-Z])[)*$.\s]*\Z", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -142,9 +142,8 @@ def _read_mathematics(layout: Layout, row: TableRow) -> Row:
     given = take(row, layout.answers, TEXT_OR_NUMBER)
     answer = _without_zero_decimals(gold_answer(given) or "")
     if not answer or not layout.accepts(answer):
-        raise OperatorError(
-            f"{row.where}: {_column_of(row, layout.answers)}: got {clip(given)}, expected {layout.expected}"
-        )
+        column = next(column for column in layout.answers if row.values.get(column) is not None)
+        raise OperatorError(f"{row.where}: {column}: got {clip(given)}, expected {layout.expected}")
     return Row(row.where, question, answer, _category_of(layout, row))
 
 
@@ -185,10 +184,6 @@ def _multiple_choice(rows: Sequence[Row]) -> Benchmark:
 
 def _category_of(layout: Layout, row: TableRow) -> str:
     return take(row, layout.categories, TEXT) if layout.categories else ""
-
-
-def _column_of(row: TableRow, columns: Sequence[str]) -> str:
-    return next(column for column in columns if row.values.get(column) is not None)
 
 
 def _without_zero_decimals(answer: str) -> str:

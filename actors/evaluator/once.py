@@ -8,11 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from actors.evaluator.evaluate import Evaluation, Progress, plan_of
+from actors.evaluator.evaluate import Evaluation, plan_of
 from actors.evaluator.folder import snapshot_of_folder
 from actors.evaluator.metrics import EvaluatorMetrics
-from actors.evaluator.report import STANDARD_OUTPUT, check_writable, show_table, write_json
-from actors.evaluator.reports import ProgressBars, Reports
+from actors.evaluator.progress import Progress, ProgressBars, Reports
+from actors.evaluator.report import STANDARD_OUTPUT, check_writable, describe, show_table, write_json
 from actors.evaluator.samples import Sample, write_samples
 from actors.evaluator.saved import SavedAnswers
 from actors.evaluator.tasks import make_tasks
@@ -44,11 +44,12 @@ class Outputs:
         if self.samples:
             write_samples(self.samples, samples, is_begin=False)
 
-    def tell(self, scores: Sequence[TaskScore], *, subject: str, config: Config) -> None:
+    def tell(self, scores: Sequence[TaskScore], *, subject: str, config: Config, is_sampled: bool) -> None:
         if self.json != STANDARD_OUTPUT:
             show_table(scores, subject=subject)
         if self.json:
-            write_json(self.json, scores, subject=subject, config=config)
+            document = describe(scores, subject=subject, config=config, is_sampled=is_sampled)
+            write_json(self.json, document)
 
 
 async def score_answers(config: Config, path: Path, outputs: Outputs) -> None:
@@ -56,7 +57,7 @@ async def score_answers(config: Config, path: Path, outputs: Outputs) -> None:
     answers = SavedAnswers(path, make_tasks(config))
     outputs.prepare()
     scores = await answers.score(seed=config.run.seed, limit_s=config.actor.score_timeout_s, keep=outputs.keep)
-    outputs.tell(scores, subject=str(path), config=config)
+    outputs.tell(scores, subject=str(path), config=config, is_sampled=False)
 
 
 async def score_folder(config: Config, outputs: Outputs) -> None:
@@ -74,7 +75,7 @@ async def score_folder(config: Config, outputs: Outputs) -> None:
             scores = await Evaluation(plan_of(config, tasks), parts.rollout, show=show, keep=outputs.keep).run()
     finally:
         await parts.engine.close()
-    outputs.tell(scores, subject=config.model.path, config=config)
+    outputs.tell(scores, subject=config.model.path, config=config, is_sampled=True)
 
 
 def _progress(subject: str, shown: ExitStack) -> Callable[[Progress], None]:

@@ -27,18 +27,20 @@ def show_table(scores: Sequence[TaskScore], *, subject: str) -> None:
             console.print(_category_table(score))
 
 
-def write_json(path: Path, scores: Sequence[TaskScore], *, subject: str, config: Config) -> None:
-    """Into a file, or to standard output for "-"."""
-    evaluation, sampling = config.eval, config.sampling
-    document: dict[str, Any] = {
+def describe(scores: Sequence[TaskScore], *, subject: str, config: Config, is_sampled: bool) -> dict[str, Any]:
+    """The document; of answers that were sampled elsewhere it is not known how."""
+    sampling = config.eval.model_dump(mode="json", include={"temperature", "top_p", "top_k"})
+    sampling |= {"max_tokens": config.eval.max_tokens or config.sampling.max_tokens}
+    return {
         "subject": subject,
         "seed": config.run.seed,
-        "temperature": evaluation.temperature,
-        "top_p": evaluation.top_p,
-        "top_k": evaluation.top_k,
-        "max_tokens": evaluation.max_tokens or sampling.max_tokens,
+        "sampling": sampling if is_sampled else None,
         "tasks": [score.line() for score in scores],
     }
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Into a file, or to standard output for "-"."""
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     if path == STANDARD_OUTPUT:
         sys.stdout.write(text)

@@ -12,6 +12,9 @@ from common.errors import OperatorError
 from common.wait import wait_for
 from common.wire.messages import TaskScore
 
+MAX_SAMPLES = 4096
+"""Answers to one problem, as many as eval.samples_per_problem may be."""
+
 
 class SavedAnswers:
     """A file of answers, found to be complete for the tasks."""
@@ -77,13 +80,11 @@ def _check_places(answers: Mapping[Place, SavedAnswer], tasks: Sequence[Evaluati
         if name not in problems:
             raise OperatorError(f'{saved.where}: task: got "{name}", expected {" or ".join(problems)}')
         if problem not in problems[name]:
-            last = max(problems[name])
-            among = (
-                f"one from 0 to {last}" if len(problems[name]) == last + 1 else f"one of {len(problems[name])} drawn"
-            )
+            last, count = max(problems[name]), len(problems[name])
+            among = f"0 to {last}" if count == last + 1 else f"one of the {count} drawn (eval.max_benchmark_problems)"
             raise OperatorError(f"{saved.where}: problem: got {problem} of {name}, expected {among}")
-        if number >= 4096:
-            raise OperatorError(f"{saved.where}: sample: got {number}, expected less than 4096")
+        if number >= MAX_SAMPLES:
+            raise OperatorError(f"{saved.where}: sample: got {number}, expected less than {MAX_SAMPLES}")
 
 
 def _refuse_further_turns(turn: Turn, saved: SavedAnswer, task: EvaluationTask) -> None:

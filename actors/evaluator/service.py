@@ -12,7 +12,7 @@ from pathlib import Path
 
 from actors.evaluator.evaluate import Evaluation, Plan
 from actors.evaluator.metrics import EvaluatorMetrics
-from actors.evaluator.reports import Reports
+from actors.evaluator.progress import Reports
 from actors.evaluator.samples import Sample, write_samples
 from actors.fitter import Fitter
 from actors.guard import SamplingFailed
@@ -155,10 +155,8 @@ class EvaluationService:
     async def _score(self, version: Version) -> tuple[TaskScore, ...]:
         """The samples appear under their name when all of them are there."""
         kept: list[Sample] = []
-        evaluation = Evaluation(
-            self._plan, self._parts.rollout, show=Reports(str(version), every_s=REPORT_S).note, keep=kept.extend
-        )
-        scores = await evaluation.run()
+        show = Reports(str(version), every_s=REPORT_S).note
+        scores = await Evaluation(self._plan, self._parts.rollout, show=show, keep=kept.extend).run()
         if self._samples_of:
             path = self._samples_of(version.step)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,11 @@ def _procedural(request: str, config: Config) -> EvaluationTask:
     if equals:
         raise ConfigError([f'eval.benchmarks: got "{request}", expected no source ("{source}") for a family'])
     family = name.removeprefix(PROCEDURAL)
-    environment = make_environment("reasoning_gym", seed=config.run.seed, options={"family": family})
+    try:
+        environment = make_environment("reasoning_gym", seed=config.run.seed, options={"family": family})
+    except ConfigError as error:
+        reason = str(error).removeprefix(f"environment.options: {family}: ")
+        raise ConfigError([f"eval.benchmarks: {name}: {reason}"]) from error
     num_problems = 0
     try:
         while num_problems < config.eval.num_problems:
