@@ -12,6 +12,7 @@ import pytest
 
 from actors.environment import make_environment
 from common.config.load import resolve_config
+from common.config.presets import PRESETS
 from common.config.schema import Config
 from learner.expert.openr1 import Prompting
 from learner.schedule import lr_at, mu_of
@@ -36,7 +37,7 @@ def mus(config: Config, *steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("name", [MATHS, TOOLS])
-@pytest.mark.parametrize("preset", ["chord_mu", "chord_phi", "grpo", "sft"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_recipe_of_the_paper_resolves_with_every_preset(name: str, preset: str) -> None:
     config = recipe(name, f"algorithm.preset={preset}")
     assert config.algorithm.preset == preset
