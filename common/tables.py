@@ -129,6 +129,10 @@ def _as_text(value: Any) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
+def _as_any_text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 def _as_integer(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -149,6 +153,8 @@ def _as_list(value: Any) -> list[Any] | None:
 
 TEXT = Kind("text", _as_text)
 """Not blank."""
+ANY_TEXT = Kind("text", _as_any_text)
+"""Blank or not."""
 INTEGER = Kind("an integer", _as_integer)
 TEXT_OR_NUMBER = Kind("text or a number", _as_text_or_number)
 """Numbers are read as text."""
