@@ -141,7 +141,7 @@ def bench(tiny_model: Path, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
             with_rows.close()
             chat = Chat(tiny_model)
             experts = open_experts(config, chat)
-            ledger = Ledger(tmp_path / "ledger.sqlite", groups_per_step=2, max_staleness=1)
+            ledger = Ledger(tmp_path / "ledger.sqlite", groups_per_step=2, max_staleness=config.algorithm.max_staleness)
             stack.callback(ledger.close)
             if experts:
                 stack.callback(experts.close)
