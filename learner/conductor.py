@@ -82,7 +82,7 @@ class Conductor:
             can_begin_anew = self._host.ledger.history.first_whole_step() == 0
             found = self._checkpoints.newest_good(can_begin_anew=can_begin_anew)
             self._host.check_history(found.step if found else 0)
-        step = self._ranks.share_number(found.step if found else -1)
+        step = int(self._ranks.share_number(found.step if found else -1))
         if step >= 0:
             self._trainer.restore(self._checkpoints.path_of(step))
             log.info("resumed from the checkpoint of step %d", step)
@@ -92,9 +92,10 @@ class Conductor:
         """One optimizer step; False where the run was asked to stop instead."""
         started = time.monotonic()
         rows = self._next_rows(step)
-        if not self._ranks.share_number(1 if rows else 0):
+        mu = self._ranks.share_number(rows.mu if rows else -1.0)
+        if mu < 0:
             return False
-        taken = self._trainer.take(step, rows.rows if rows else None)
+        taken = self._trainer.take(step, rows.rows if rows else None, mu=mu)
         if self._host and rows:
             self._host.source.record_uses(rows.composition)
             self._record(rows, taken, started=started)
@@ -177,7 +178,10 @@ class Conductor:
                 "num_expert_tokens": report.num_expert_tokens,
                 "num_expert_rows": len(rows.composition.expert_row_ids),
                 **describe_groups(
-                    rows.groups, step=step, actor_ids=host.ledger.history.actor_ids(rows.composition.group_ids)
+                    rows.groups,
+                    step=step,
+                    actor_ids=host.ledger.history.actor_ids(rows.composition.group_ids),
+                    with_signal=rows.num_groups_with_signal,
                 ),
                 **describe_bias(host.ledger.account, last=BIAS_STEPS * self._config.learner.groups_per_step),
                 "wait_s": waited_s,

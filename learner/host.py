@@ -15,6 +15,7 @@ from common.errors import OperatorError
 from common.keys.allowed import ServerKeys
 from common.metrics import serve_metrics
 from common.run_dir import RunDir
+from common.trajectory import TrajectoryGroup
 from common.watchdog import Watchdog
 from common.weights.server import WeightServer
 from common.wire.connections import MAX_NEWCOMERS, Bounds
@@ -22,10 +23,11 @@ from common.wire.listener import Listener
 from common.wire.sockets import SocketLimits, reserve_descriptors
 from learner.expert.store import ExpertStore
 from learner.inbox import Door, Inbox, LeaseTerms
-from learner.ledger.ledger import Ledger
+from learner.ledger.ledger import DropReason, Ledger
 from learner.metrics import GuardCollector, RunCollector
 from learner.publisher import Publisher
 from learner.recorder import Recorder
+from learner.shaping import Shaping
 from learner.source import Source, Stopped
 from learner.status import StatusBoard
 from learner.step_rows import StepReader, open_experts
@@ -50,6 +52,7 @@ class Host:
         self.is_stopping = threading.Event()
         self.step = 0
         self.phase = "starting"
+        self._shaping = Shaping.of(config)
         chat = Chat(Path(config.model.path))
         experts = open_experts(config, chat)
         self.ledger = Ledger(
@@ -57,6 +60,7 @@ class Host:
             groups_per_step=config.learner.groups_per_step,
             max_staleness=config.algorithm.max_staleness,
             num_steps=config.learner.num_steps,
+            first_step=config.sft_steps,
         )
         self.ledger.check_rewind()
         self._check_agreement(experts)
@@ -73,7 +77,10 @@ class Host:
 
     def _check_agreement(self, experts: ExpertStore | None) -> None:
         """A resumed run must go on with what it began with."""
-        started = {"learner.groups_per_step": str(self._config.learner.groups_per_step)}
+        started = {
+            "learner.groups_per_step": str(self._config.learner.groups_per_step),
+            "algorithm.sft_steps": str(self._config.sft_steps),
+        }
         hashes = started | {
             "configuration": self._config.agreement_hash,
             "expert store": experts.fingerprint() if experts else "none",
@@ -165,6 +172,7 @@ class Host:
             is_published=self.publisher.has_published,
             evaluation=self.publisher.evaluation,
             on_evaluation=self.publisher.finish_evaluation,
+            judge=self._why_drop,
             watch=self.watchdog.watch("the learner's inbox", limit_s=config.run.watchdog_s),
         )
         registry = self.recorder.prometheus.registry
@@ -175,6 +183,11 @@ class Host:
         log.info(
             "actors: tcp://%s:%d, metrics: http://%s:%d/metrics", network.host, self.port, learner.metrics_host, port
         )
+
+    def _why_drop(self, group: TrajectoryGroup) -> DropReason | None:
+        if self._config.algorithm.zero_variance == "keep" or self._shaping.has_signal(group):
+            return None
+        return DropReason.ZERO_VARIANCE
 
     @property
     def phase(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import zmq
 
 from common.keys.folder import key_name_of
+from common.trajectory import TrajectoryGroup
 from common.version import Version
 from common.watchdog import Watch
 from common.wire.codec import Buffer, ProtocolMismatch, WireError, decode, encode
@@ -38,7 +39,7 @@ from common.wire.messages import (
     Work,
     WorkRequest,
 )
-from learner.ledger.ledger import Ledger, Sample
+from learner.ledger.ledger import DropReason, Ledger, Sample
 from learner.peers import Peer, Peers
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,9 @@ class Inbox:
         self, listener: Listener, ledger: Ledger, *, door: Door, terms: LeaseTerms, vocab_size: int,
         newest: Callable[[], Version | None], is_published: Callable[[Version], bool],
         evaluation: Callable[[], Version | None], on_evaluation: Callable[[EvaluationResult], Outcome],
-        watch: Watch | None = None,
+        judge: Callable[[TrajectoryGroup], DropReason | None] = lambda _: None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
+        """`judge` says why a valid group is to be dropped all the same."""
         self._listener = listener
         self._ledger = ledger
         self._door = door
@@ -103,6 +105,7 @@ class Inbox:
         self._is_published = is_published
         self._evaluation = evaluation
         self._on_evaluation = on_evaluation
+        self._judge = judge
         self._watch = watch
         self.peers = Peers()
         self.refusals = listener.refusals
@@ -304,6 +307,7 @@ class Inbox:
                 reward_sum=group.reward_sum,
                 sampling_s=group.sampling_s,
             ),
+            drop=self._judge(group),
         )
         return Receipt(outcome=outcome, reason=reason)
 

@@ -41,11 +41,17 @@ class Ranks:
         dist.all_reduce(total, group=self._control)
         return total.tolist()
 
-    def share_number(self, number: int | None) -> int:
-        """Rank 0's number, on every rank."""
-        shared = torch.tensor([number or 0], dtype=torch.int64)
+    def add_up_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Element-wise sum over all ranks, in place, on the device of training."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def share_number(self, number: float | None) -> float:
+        """Rank 0's number, on every rank; float64."""
+        shared = torch.tensor([number or 0], dtype=torch.float64)
         dist.broadcast(shared, src=0, group=self._control)
-        return int(shared)
+        return float(shared)
 
     def barrier(self) -> None:
         dist.barrier(group=self._control)

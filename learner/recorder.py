@@ -13,10 +13,11 @@ from learner.ledger.ledger import Ledger
 from learner.metrics import LearnerMetrics
 
 
-def describe_groups(groups: Sequence[TrajectoryGroup], *, step: int, actor_ids: Sequence[str]) -> dict[str, Any]:
+def describe_groups(
+    groups: Sequence[TrajectoryGroup], *, step: int, actor_ids: Sequence[str], with_signal: int
+) -> dict[str, Any]:
     """The part of a step record that tells of its groups; None where the step had none."""
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    with_signal = sum(len({t.reward for t in group.trajectories}) > 1 for group in groups)
     lags = [step - group.min_version for group in groups]
     return {
         "num_groups": len(groups),

@@ -50,7 +50,8 @@ class Replay:
         saved = {checkpoint.step: checkpoint for checkpoint in self._checkpoints.all()}
         step = start
         while composition := self._history.batch(step):
-            trainer.take(step, self._reader.read(composition).rows)
+            found = self._reader.read(composition)
+            trainer.take(step, found.rows, mu=found.mu)
             step += 1
             num_compared += self._compare(trainer, step)
             if step in saved and self._compare_parameters(trainer, saved[step]):

@@ -5,14 +5,15 @@ A policy group is one row with K branches, an expert demonstration a row with on
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from common.chat import Demonstration
 from common.trajectory import TrajectoryGroup
-from learner.objective.advantages import group_advantages
+
+Aggregation = Literal["token_mean", "sequence_mean"]
 
 EXPERT_TEMPERATURE = 1.0
 """Expert log-probs are taken at temperature 1, whatever the rollouts' is (CHORD.md)."""
@@ -25,7 +26,7 @@ class Branch:
     tokens: NDArray[np.int32]
     """[T]"""
     mask: NDArray[np.float32]
-    """[T] loss weight."""
+    """[T] loss weight, 0 on what the policy or the expert did not write."""
     behavior_logprobs: NDArray[np.float32]
     """[T]; NaN for expert branches, which have no behaviour policy."""
     advantage: float
@@ -48,26 +49,34 @@ class Row:
         return len(self.prompt) + sum(len(branch.tokens) for branch in self.branches)
 
 
-def policy_row(group: TrajectoryGroup, *, scale: str, temperature: float) -> Row:
-    """A group as a row, its advantages within the group (CHORD, GRPO half)."""
-    rewards = torch.tensor([trajectory.reward for trajectory in group.trajectories], dtype=torch.float32)
-    advantages = group_advantages(rewards, scale=scale).tolist()  # pyright: ignore[reportArgumentType]
+def policy_row(
+    group: TrajectoryGroup, advantages: Sequence[float], *, temperature: float, aggregation: Aggregation
+) -> Row:
+    """A group as a row, with an advantage for each of its trajectories."""
     start = group.num_prompt_tokens
     branches = tuple(
-        Branch(t.tokens[start:], t.mask[start:], t.logprobs[start:], advantage, temperature, is_expert=False)
+        Branch(
+            t.tokens[start:], loss_weights(t.mask[start:], aggregation), t.logprobs[start:], advantage, temperature,
+            is_expert=False,
+        )
         for t, advantage in zip(group.trajectories, advantages, strict=True)
-    )
+    )  # fmt: skip
     return Row(group.trajectories[0].tokens[:start], branches)
 
 
-def expert_row(demonstration: Demonstration) -> Row:
+def expert_row(demonstration: Demonstration, *, aggregation: Aggregation) -> Row:
     """A demonstration as a row; its prompt ends where the first loss-bearing token begins."""
     start = demonstration.mask.index(1.0)
     tokens = np.array(demonstration.tokens, dtype=np.int32)
-    mask = np.array(demonstration.mask[start:], dtype=np.float32)
-    nothing = np.full(len(mask), np.nan, dtype=np.float32)
-    branch = Branch(tokens[start:], mask, nothing, float("nan"), EXPERT_TEMPERATURE, is_expert=True)
+    weights = loss_weights(np.array(demonstration.mask[start:], dtype=np.float32), aggregation)
+    nothing = np.full(len(weights), np.nan, dtype=np.float32)
+    branch = Branch(tokens[start:], weights, nothing, float("nan"), EXPERT_TEMPERATURE, is_expert=True)
     return Row(tokens[:start], (branch,))
+
+
+def loss_weights(mask: NDArray[np.float32], aggregation: Aggregation) -> NDArray[np.float32]:
+    """[T] weights whose sum over the step is the denominator of its half: of a sequence mean, the sequences."""
+    return mask if aggregation == "token_mean" else mask / max(mask.sum(), 1.0)
 
 
 def unshare(rows: Iterable[Row]) -> list[Row]:

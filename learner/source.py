@@ -55,10 +55,12 @@ class Source:
             self._experts.record_uses(self._ledger.run_id, composition.step, composition.expert_row_ids)
 
     def _compose(self, step: int) -> Composition:
-        group_ids = self._wait_for_groups(step) if self._config.algorithm.trains_on_groups else []
+        trains_on_groups = self._config.algorithm.trains_on_groups and step >= self._config.sft_steps
+        group_ids = self._wait_for_groups(step) if trains_on_groups else []
+        mean_reward = self._ledger.history.mean_reward(group_ids)
         cursor = self._ledger.history.expert_cursor(step)
         row_ids: list[int] = []
-        if self._experts and mu_of(self._config.algorithm, step) > 0:
+        if self._experts and mu_of(self._config, step, mean_reward=mean_reward) > 0:
             count = self._config.expert.rows_per_step
             positions = draw(len(self._row_ids), seed=self._config.run.seed, cursor=cursor, count=count)
             row_ids = [self._row_ids[position] for position in positions]
@@ -87,6 +89,10 @@ class Source:
                     self.waiting_for = f"{wanted - len(ready)} of {wanted} groups of step {step + 1}"
                     self._ledger.changed.wait(timeout=0.2)
                 self._check()
-                wait.check(f"{self.waiting_for} ({self._describe_peers()})")
+                wait.check(f"{self.waiting_for} ({self._describe_peers()}{self._describe_dropped()})")
         finally:
             self.waiting_for = ""
+
+    def _describe_dropped(self) -> str:
+        dropped = self._ledger.account.dropped()
+        return f"; dropped so far: {', '.join(f'{count} {why}' for why, count in dropped.items())}" if dropped else ""

@@ -11,6 +11,7 @@ from learner.expert.store import ExpertStore, store_path
 from learner.ledger.history import Composition, History
 from learner.rows import Row, expert_row, policy_row
 from learner.schedule import mu_of
+from learner.shaping import Shaping
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,8 @@ class StepRows:
     groups: tuple[TrajectoryGroup, ...]
     rows: list[Row]
     mu: float
+    num_groups_with_signal: int
+    """Groups with an advantage other than 0."""
 
 
 def open_experts(config: Config, chat: Chat) -> ExpertStore | None:
@@ -54,13 +57,27 @@ class StepReader:
         self._history = history
         self._experts = experts
         self._chat = chat
+        self._shaping = Shaping.of(config)
 
     def read(self, composition: Composition) -> StepRows:
-        """Raises OperatorError where a group is not what was written."""
-        algorithm, temperature = self._config.algorithm, self._config.sampling.temperature
+        """Raises OperatorError where a group is not what was written, or where a half of the loss that has weight has
+        nothing to learn from: such a step would silently be another method's."""
         groups = tuple(from_blob(body) for body in self._history.bodies(composition.group_ids))
-        rows = [policy_row(group, scale=algorithm.advantage_scale, temperature=temperature) for group in groups]
+        advantages = [self._shaping.advantages(group).tolist() for group in groups]
+        aggregation = self._config.algorithm.aggregation
+        rows = [
+            policy_row(group, ours, temperature=self._config.sampling.temperature, aggregation=aggregation)
+            for group, ours in zip(groups, advantages, strict=True)
+        ]
         if self._experts and composition.expert_row_ids:
             demonstrations = self._experts.read(composition.expert_row_ids)
-            rows += [expert_row(self._chat.demonstration(row.messages)) for row in demonstrations]
-        return StepRows(composition, groups, rows, mu_of(algorithm, composition.step))
+            rows += [
+                expert_row(self._chat.demonstration(row.messages), aggregation=aggregation) for row in demonstrations
+            ]
+        mu = mu_of(self._config, composition.step, mean_reward=self._history.mean_reward(composition.group_ids))
+        for half, weight, count in (("policy", 1 - mu, len(groups)), ("expert", mu, len(composition.expert_row_ids))):
+            if weight > 0 and not count:
+                raise OperatorError(
+                    f"step {composition.step}: got μ {mu:g} and nothing for the {half} half, expected rows"
+                )
+        return StepRows(composition, groups, rows, mu, sum(any(ours) for ours in advantages))

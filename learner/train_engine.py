@@ -6,7 +6,7 @@ multiplied back.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from learner.batch import TrainBatch, build_batch
-from learner.objective.chord import chord_loss, expert_loss
+from learner.objective.chord import chord_loss, effective_mu, expert_loss
 from learner.objective.importance import Correction
 from learner.objective.policy import policy_loss
 from learner.policy_model import PolicyModel
@@ -46,10 +46,29 @@ class OptimizerSettings:
 class StepReport:
     """What one optimizer step computed, over all ranks."""
 
-    num_policy_tokens: float
-    num_expert_tokens: float
+    num_policy_tokens: int
+    num_expert_tokens: int
     metrics: dict[str, float]
-    """Means over policy tokens (`policy_…`) and expert tokens (`expert_…`), the losses, the gradient norm."""
+    """Means over policy tokens (`policy_…`) and expert tokens (`expert_…`), weighted as the loss weighs them; the
+    losses, the gradient norm, and what was measured at an interval."""
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Sums of loss weights over the whole optimizer step, all ranks together: what each half is divided by."""
+
+    policy: float
+    expert: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Both halves of one micro-batch."""
+
+    policy: Tensor
+    expert: Tensor
+    logprobs: Tensor
+    metrics: dict[str, Tensor]
 
 
 class TrainEngine:
@@ -77,47 +96,84 @@ class TrainEngine:
         self._optimizer: Any = optimizer
         self._model = model
 
-    def step(self, batches: Sequence[TrainBatch], *, mu: float, lr: float) -> StepReport:
-        """Take one optimizer step on this rank's share of it."""
-        counts = [sum(float(b.policy_mask.sum()) for b in batches), sum(float(b.expert_mask.sum()) for b in batches)]
-        num_policy_tokens, num_expert_tokens = self._ranks.add_up(counts)
+    def step(self, batches: Sequence[TrainBatch], *, mu: float, lr: float, measures_halves: bool = False) -> StepReport:
+        """Take one optimizer step on this rank's share of it.
+
+        `measures_halves` adds the gradient norms of both halves and effective μ.
+        """
+        denominators, num_tokens = self._count(batches)
         num_micro_batches = max(self._most(len(batches)), 1)
-        padded = [*batches, *[build_batch([]) for _ in range(num_micro_batches - len(batches))]]
+        empty = [build_batch([]) for _ in range(num_micro_batches - len(batches))]
+        padded = [batch.to(self._device) for batch in (*batches, *empty)]
+        halves = self._measure_halves(padded, denominators, mu) if measures_halves else {}
         totals: dict[str, float] = {}
         for number, batch in enumerate(padded, start=1):
-            loss, metrics = self._loss(batch.to(self._device), mu, num_policy_tokens, num_expert_tokens)
+            losses = self._losses(batch, denominators)
+            loss = chord_loss(losses.policy, losses.expert, mu=mu)
             self._engine.set_gradient_accumulation_boundary(number == num_micro_batches)
-            self._engine.backward(loss * self._ranks.count)
-            for name, value in metrics.items():
+            # The second term gives an empty batch something to differentiate.
+            self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * self._ranks.count)
+            for name, value in {"loss": loss.detach(), **losses.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         grad_norm = self._take(lr)
         summed = self._ranks.add_up(list(totals.values()))
-        return StepReport(
-            num_policy_tokens, num_expert_tokens, {**dict(zip(totals, summed, strict=True)), "grad_norm": grad_norm}
-        )
+        return StepReport(*num_tokens, {**dict(zip(totals, summed, strict=True)), "grad_norm": grad_norm, **halves})
 
-    def _loss(
-        self, batch: TrainBatch, mu: float, num_policy_tokens: float, num_expert_tokens: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _count(self, batches: Sequence[TrainBatch]) -> tuple[Denominators, tuple[int, int]]:
+        """Sums of loss weights, and numbers of loss-bearing tokens (policy, expert), over all ranks."""
+        masks = [(batch.policy_mask, batch.expert_mask) for batch in batches]
+        counts = [
+            sum(float(policy.sum(dtype=torch.float64)) for policy, _ in masks),
+            sum(float(expert.sum(dtype=torch.float64)) for _, expert in masks),
+            sum(int(policy.count_nonzero()) for policy, _ in masks),
+            sum(int(expert.count_nonzero()) for _, expert in masks),
+        ]
+        policy, expert, num_policy_tokens, num_expert_tokens = self._ranks.add_up(counts)
+        return Denominators(policy, expert), (int(num_policy_tokens), int(num_expert_tokens))
+
+    def _losses(self, batch: TrainBatch, denominators: Denominators) -> Losses:
         logprobs, entropies = self._engine(batch)
         policy, policy_metrics = policy_loss(
             logprobs, batch.behavior_logprobs, batch.advantages, batch.policy_mask,
-            correction=self._objective.correction, num_tokens=num_policy_tokens,
+            correction=self._objective.correction, num_tokens=denominators.policy,
         )  # fmt: skip
         expert, expert_metrics = expert_loss(
-            logprobs, batch.expert_mask, weighting=self._objective.expert_weighting, num_tokens=num_expert_tokens
+            logprobs, batch.expert_mask, weighting=self._objective.expert_weighting, num_tokens=denominators.expert
         )
-        entropy = (entropies * batch.policy_mask).sum() / max(num_policy_tokens, 1.0)
-        loss = chord_loss(policy, expert, mu=mu)
         metrics = {
-            "loss": loss.detach(),
             "policy_loss": policy.detach(),
             "expert_loss": expert.detach(),
-            "policy_entropy": entropy,
+            "policy_entropy": (entropies * batch.policy_mask).sum() / max(denominators.policy, 1.0),
         }
         metrics |= {f"policy_{name}": value for name, value in policy_metrics.items()}
         metrics |= {f"expert_{name}": value for name, value in expert_metrics.items()}
-        return loss + 0.0 * logprobs.sum(), metrics  # the second term gives an empty batch something to differentiate
+        return Losses(policy, expert, logprobs, metrics)
+
+    def _measure_halves(self, batches: Sequence[TrainBatch], denominators: Denominators, mu: float) -> dict[str, float]:
+        """Gradient norms of the two halves, each alone; what the step then accumulates is not touched."""
+        policy = self._norm_of(
+            [b for b in batches if b.policy_mask.any()], lambda b: self._losses(b, denominators).policy
+        )
+        expert = self._norm_of(
+            [b for b in batches if b.expert_mask.any()], lambda b: self._losses(b, denominators).expert
+        )
+        return {
+            "policy_grad_norm": policy,
+            "expert_grad_norm": expert,
+            "mu_effective": effective_mu(mu, policy_norm=policy, expert_norm=expert),
+        }
+
+    def _norm_of(self, batches: Sequence[TrainBatch], loss_of: Callable[[TrainBatch], Tensor]) -> float:
+        """Norm of the gradient of the loss summed over all ranks' batches."""
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        totals = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        for batch in batches:
+            grads = torch.autograd.grad(loss_of(batch), parameters, allow_unused=True)
+            for total, grad in zip(totals, grads, strict=True):
+                if grad is not None:
+                    total += grad
+        self._ranks.add_up_tensors(totals)
+        return float(torch.nn.utils.get_total_norm(totals))
 
     def _most(self, number: int) -> int:
         """The largest of all ranks' numbers."""

@@ -15,7 +15,7 @@ from learner.objective.importance import Correction
 from learner.policy_model import load_policy_model, resolve_compute_dtype
 from learner.ranks import Ranks
 from learner.rows import Row, deal, micro_batches, split_to_budget, unshare
-from learner.schedule import lr_at, mu_of
+from learner.schedule import lr_of
 from learner.train_engine import Objective, OptimizerSettings, StepReport, TrainEngine
 
 PUBLISHED_DTYPE = torch.bfloat16
@@ -64,19 +64,12 @@ class Trainer:
         )
         self._engine = TrainEngine(model, ranks, device, Objective(correction, algorithm.expert_weighting), settings)
 
-    def take(self, step: int, rows: Sequence[Row] | None) -> Taken:
-        """Take optimizer step `step` (counted from 0); only rank 0 passes its rows."""
+    def take(self, step: int, rows: Sequence[Row] | None, *, mu: float) -> Taken:
+        """Take optimizer step `step` (counted from 0); only rank 0 passes its rows, all pass μ."""
         batches = self._ranks.deal_batches(self._deal(rows) if rows is not None else None)
-        learner = self._config.learner
-        lr = lr_at(
-            step,
-            peak=learner.lr,
-            warmup_steps=learner.lr_warmup_steps,
-            num_steps=learner.num_steps,
-            schedule=learner.lr_schedule,
-        )
+        lr, every = lr_of(self._config, step), self._config.learner.effective_mu_every_steps
         started = time.monotonic()
-        report = self._engine.step(batches, mu=mu_of(self._config.algorithm, step), lr=lr)
+        report = self._engine.step(batches, mu=mu, lr=lr, measures_halves=every > 0 and step % every == 0)
         return Taken(report, lr, time.monotonic() - started)
 
     def _deal(self, rows: Sequence[Row]) -> list[list[TrainBatch]]:

@@ -141,7 +141,7 @@ def test_infinite_options_come_back_too(tmp_path: Path) -> None:
         ("run.dir=", ["run.dir", 'got ""', "expected at least 1 character"]),
         ("network.port=65536", ["network.port", "got 65536", "expected less than or equal to 65535"]),
         ("actor.swap=maybe", ["actor.swap", 'got "maybe"', "expected 'in_flight' or 'wait'"]),
-        ("algorithm.preset=[1]", ["algorithm.preset", "got [1]", "expected 'grpo'"]),
+        ("algorithm.preset=[1]", ["algorithm.preset", "got [1]", "expected 'sft', 'grpo'"]),
         ("algorithm.cap=2024-01-01", ["algorithm.cap", "got 2024-01-01", "expected text, numbers"]),
         ("environment.options=5", ["environment.options", "got 5", "expected an object"]),
         ("algorithm.group_size=1", ["algorithm.group_size", "got 1", "expected greater than or equal to 2"]),
@@ -175,7 +175,7 @@ def test_what_is_refused_in_one_company_is_fine_in_another() -> None:
         ("[learner]\nnum_steps = true\n", ["learner.num_steps", "got true", "expected integer"]),
         ("num_steps = 3\n", ["num_steps", "got 3", "expected [section] key = value"]),
         ("today = 2024-01-01\n", ["today", "expected [section] key = value"]),
-        ("[algorithm]\npreset = { a = 1 }\n", ["algorithm.preset", 'got {"a": 1}', "expected 'grpo'"]),
+        ("[algorithm]\npreset = { a = 1 }\n", ["algorithm.preset", 'got {"a": 1}', "expected 'sft', 'grpo'"]),
         ("[learner\n", ["not a TOML file"]),
     ],
 )

@@ -1,6 +1,8 @@
 """Damage to durable files is named and stops the start, or does no harm; nothing corrupt is ever taken for good."""
 
+import gc
 import json
+import random
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import OperatorError
 from common.local.__main__ import steps_done
 from common.run_dir import RunDir
 from learner.checkpoints import Checkpoints
@@ -16,7 +19,7 @@ from learner.expert.store import ExpertStore
 from learner.ledger.ledger import Ledger
 from learner.recorder import Recorder
 from tests.chaos.crash_points import CheckpointWriter, LedgerWriter
-from tests.chaos.damage import dump_tables, try_damage
+from tests.chaos.damage import Damage, dump_tables, try_damage
 from tests.runs import import_experts, write_config
 
 COUNT = 40
@@ -117,3 +120,27 @@ def test_a_damaged_file_of_a_checkpoint_means_the_checkpoint_before_it(run_dir: 
             assert outcomes.keys() <= {"unharmed", "another content"}
         else:
             assert outcomes == {"another content": 6}, wrong
+
+
+@pytest.mark.parametrize("name", ["ledger.sqlite", "ledger.sqlite-wal"])
+def test_a_ledger_that_is_refused_is_left_as_it_was_found(name: str, run_dir: Path, tmp_path: Path) -> None:
+    chance, num_refused = random.Random(3), 0
+    for number in range(COUNT):
+        folder = Path(shutil.copytree(run_dir, tmp_path / str(number)))
+        Damage.TRUNCATE.apply(folder / name, chance)
+        found = ledger_files(folder)
+        try:
+            Ledger(folder / "ledger.sqlite", groups_per_step=2, max_staleness=1).close()
+            is_refused = False
+        except OperatorError:
+            is_refused = True
+        if is_refused:
+            gc.collect()  # SQLite tidies up when the connection is closed
+            assert ledger_files(folder) == found
+            num_refused += 1
+    assert num_refused > COUNT / 3
+
+
+def ledger_files(folder: Path) -> dict[str, bytes]:
+    """All but the index of the log, which is made anew at every opening."""
+    return {path.name: path.read_bytes() for path in folder.glob("ledger.*") if not path.name.endswith("-shm")}

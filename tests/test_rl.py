@@ -24,9 +24,11 @@ from learner.objective.importance import Correction
 from learner.policy_model import load_policy_model
 from learner.ranks import Ranks
 from learner.rows import Row, micro_batches, policy_row
+from learner.shaping import Shaping
 from learner.train_engine import Objective, OptimizerSettings, TrainEngine
 
 NUM_STEPS, NUM_GROUPS, GROUP_SIZE = 15, 8, 8
+SHAPING = Shaping(scale="std", overlong="keep", max_tokens=8, buffer_tokens=0)
 RISE = 0.15
 
 
@@ -80,7 +82,7 @@ def lease_of(number: int) -> Lease:
 
 
 def signed_row(group: TrajectoryGroup, sign: float) -> Row:
-    row = policy_row(group, scale="std", temperature=1.0)
+    row = policy_row(group, SHAPING.advantages(group).tolist(), temperature=1.0, aggregation="token_mean")
     return replace(row, branches=tuple(replace(branch, advantage=sign * branch.advantage) for branch in row.branches))
 
 

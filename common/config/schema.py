@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from common.config.presets import FIXED_MU
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -82,6 +84,18 @@ class Sampling(Section):
         1.0, description="of rollouts; the learner's policy half uses it too"
     )
     max_tokens: Positive = Field(64, description="tokens of one answer at most")
+    top_p: float = Field(1.0, description="must be 1: the learner cannot match filtered log-probs; see eval.top_p")
+    top_k: int = Field(0, description="must be 0, for the same reason; see eval.top_k")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key, plain in (("top_p", 1.0), ("top_k", 0)):
+            if getattr(self, key) != plain:
+                raise ValueError(
+                    f"sampling.{key}: got {getattr(self, key)}, expected {plain:g}: the learner cannot match the "
+                    f"log-probs of filtered sampling (for evaluations there is eval.{key})"
+                )
+        return self
 
 
 class Environment(Section):
@@ -90,7 +104,9 @@ class Environment(Section):
 
 
 class Algorithm(Section):
-    preset: Literal["grpo", "sft", "chord_mu", "chord_phi"] = Field("chord_mu", description="the method, in one word")
+    preset: Literal["sft", "grpo", "sft_then_rl", "dft", "chord_mu", "chord_phi"] = Field(
+        "chord_mu", description="the method, in one word"
+    )
     correction: Literal["none", "ppo", "tis", "icepop", "decoupled", "cispo", "gspo"] = Field(
         "tis", description="importance correction of policy rows"
     )
@@ -104,21 +120,53 @@ class Algorithm(Section):
     )
     group_size: Annotated[int, Field(ge=2)] = Field(8, description="K answers to one prompt")
     advantage_scale: Literal["std", "none"] = Field("std", description="divide a group's advantages by its deviation")
+    aggregation: Literal["token_mean", "sequence_mean"] = Field(
+        "token_mean",
+        description="each half of the loss is a mean over its tokens (CHORD), or over its sequences' means",
+    )
+    overlong: Literal["keep", "penalty", "mask", "soft_penalty"] = Field(
+        "keep",
+        description="answers cut off at sampling.max_tokens: scored as any other, reward -1, no gradient, or a penalty "
+        "that grows with the length (DAPO)",
+    )
+    overlong_buffer_tokens: Count = Field(0, description="the soft penalty begins so far below sampling.max_tokens")
+    zero_variance: Literal["keep", "drop"] = Field(
+        "keep", description="groups whose advantages are all 0: train them, or drop them and sample as many others"
+    )
+    allow_uncorrected: bool = Field(False, description='take correction "none" together with staleness all the same')
     mu_peak: Fraction = Field(0.0, description="μ after warm-up")
     mu_valley: Fraction = Field(0.0, description="μ after decay")
     mu_warmup_steps: Count = Field(0, description="optimizer steps from 0 to the peak")
     mu_decay_steps: Count = Field(0, description="optimizer steps from the peak to the valley (cosine)")
+    mu_target: Annotated[float, Field(gt=0, le=2)] | None = Field(
+        None, description="τ: with it μ = max(0, τ − mean reward of the step), in place of the schedule"
+    )
     expert_weighting: Literal["phi", "is", "none"] = Field("none", description="token weight of the expert loss")
+    sft_steps: Count | None = Field(
+        0, description="steps of supervised fine-tuning (μ = 1) before all else; unset: half of learner.num_steps"
+    )
+    sft_ends_with: Literal["last", "best"] = Field(
+        "last", description="policy that goes on after sft_steps: the last, or that of the best held-out accuracy"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for preset, mu in (("grpo", 0.0), ("sft", 1.0)):
+        if (mu := FIXED_MU.get(self.preset)) is not None:
             for key in ("mu_peak", "mu_valley"):
-                if self.preset == preset and getattr(self, key) != mu:
+                if getattr(self, key) != mu:
                     raise ValueError(
-                        f'algorithm.{key}: got {getattr(self, key)} with preset "{preset}", expected {mu}: '
+                        f'algorithm.{key}: got {getattr(self, key)} with preset "{self.preset}", expected {mu}: '
                         "leave it out, or choose chord_mu"
                     )
+            if self.mu_target is not None:
+                raise ValueError(
+                    f'algorithm.mu_target: got {self.mu_target} with preset "{self.preset}", expected it with '
+                    "chord_mu or chord_phi only"
+                )
+        if self.preset == "sft_then_rl" and self.sft_steps == 0:
+            raise ValueError(
+                'algorithm.sft_steps: got 0 with preset "sft_then_rl", expected at least 1, or leave it out'
+            )
         if self.mu_decay_steps == 0 and self.mu_peak != self.mu_valley:
             raise ValueError(
                 f"algorithm.mu_decay_steps: got 0 with mu_peak {self.mu_peak} and mu_valley {self.mu_valley}, "
@@ -126,28 +174,31 @@ class Algorithm(Section):
             )
         if self.band[0] > self.band[1]:
             raise ValueError(f"algorithm.band: got {list(self.band)}, expected [low, high] with low <= high")
-        if self.correction == "none" and self.max_staleness > 0:
+        if self.correction == "none" and self.max_staleness > 0 and not self.allow_uncorrected:
             raise ValueError(
                 f'algorithm.correction: got "none" with max_staleness {self.max_staleness}, expected a correction '
-                "(uncorrected asynchronous training collapses) or max_staleness 0"
+                "(uncorrected asynchronous training collapses), max_staleness 0, or allow_uncorrected = true"
             )
         return self
 
     @property
     def trains_on_groups(self) -> bool:
         """Whether any step has μ < 1, so that actors have work."""
-        return min(self.mu_peak, self.mu_valley) < 1.0 or self.mu_warmup_steps > 0
+        return self.mu_target is not None or min(self.mu_peak, self.mu_valley) < 1.0 or self.mu_warmup_steps > 0
 
     @property
     def trains_on_experts(self) -> bool:
         """Whether any step has μ > 0."""
-        return max(self.mu_peak, self.mu_valley) > 0.0
+        return self.mu_target is not None or self.sft_steps != 0 or max(self.mu_peak, self.mu_valley) > 0.0
 
 
 class Learner(Section):
     num_steps: Positive = Field(100, description="optimizer steps of the whole run")
     groups_per_step: Positive = Field(8, description="groups in one optimizer step")
     lr: Annotated[float, Field(gt=0)] = Field(1e-6, description="peak learning rate")
+    lr_after_sft: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="peak learning rate after algorithm.sft_steps, where the schedule begins anew; unset: lr"
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="after warm-up, to 0 at the end"
     )
@@ -164,6 +215,10 @@ class Learner(Section):
     )
     micro_batch_tokens: Positive = Field(4096, description="token budget of one forward pass, padding counted")
     head_chunk_tokens: Positive = Field(512, description="positions whose vocabulary logits exist at a time")
+    effective_mu_every_steps: Count = Field(
+        20,
+        description="steps between measurements of effective μ, each as dear as a step's training; 0: none",
+    )
     share_prompts: bool = Field(True, description="compute a group's prompt once for its K answers")
     checkpoint_every_steps: Positive = Field(50, description="optimizer steps between checkpoints")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
@@ -243,7 +298,8 @@ AGREED: dict[str, set[str] | None] = {
 RECIPE = {
     "model": {"dtype"},
     "learner": {
-        "lr", "lr_schedule", "lr_warmup_steps", "num_steps", "weight_decay", "adam_betas", "max_grad_norm",
+        "lr", "lr_after_sft", "lr_schedule", "lr_warmup_steps", "num_steps", "weight_decay", "adam_betas",
+        "max_grad_norm",
     },
 }  # fmt: skip
 """What an optimizer step depends on beyond what is agreed upon with the actors, rounding aside."""
@@ -270,12 +326,36 @@ class Config(Section):
                 f'expert.rows_per_step: got 0 with algorithm.preset "{self.algorithm.preset}" (μ > 0), '
                 "expected at least 1 expert row per step"
             )
+        if self.algorithm.trains_on_groups and self.sft_steps >= self.learner.num_steps:
+            raise ValueError(
+                f"algorithm.sft_steps: got {self.sft_steps}, expected fewer than learner.num_steps "
+                f"({self.learner.num_steps}): no step would train on groups"
+            )
+        if self.algorithm.preset == "sft_then_rl" and self.sft_steps == 0:
+            raise ValueError(f"learner.num_steps: got {self.learner.num_steps}, expected at least 2: one of each kind")
+        if self.sft_steps and self.algorithm.sft_ends_with == "best" and self.eval.every_steps == 0:
+            raise ValueError(
+                'eval.every_steps: got 0 with algorithm.sft_ends_with "best", expected evaluations to choose by'
+            )
+        if self.algorithm.overlong == "soft_penalty" and not (
+            1 <= self.algorithm.overlong_buffer_tokens <= self.sampling.max_tokens
+        ):
+            raise ValueError(
+                f"algorithm.overlong_buffer_tokens: got {self.algorithm.overlong_buffer_tokens} with overlong "
+                f'"soft_penalty", expected 1 to sampling.max_tokens ({self.sampling.max_tokens})'
+            )
         if self.actor.answer_timeout_s >= self.learner.group_timeout_s:
             raise ValueError(
                 f"actor.answer_timeout_s: got {self.actor.answer_timeout_s:g}, expected less than "
                 f"learner.group_timeout_s ({self.learner.group_timeout_s:g}): one hung answer must not end the run"
             )
         return self
+
+    @property
+    def sft_steps(self) -> int:
+        """Optimizer steps of supervised fine-tuning before the method's own schedule begins."""
+        steps = self.algorithm.sft_steps
+        return self.learner.num_steps // 2 if steps is None else steps
 
     @property
     def recipe(self) -> dict[str, Any]:

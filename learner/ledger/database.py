@@ -17,7 +17,13 @@ class Database:
     """One connection, safe to share between threads. What a transaction changed is on disk when it ends."""
 
     def __init__(self, path: Path, *, is_read_only: bool = False) -> None:
-        """Open or create. Raises OperatorError where the file is no ledger of this version, or damaged."""
+        """Open or create. Raises OperatorError where the file is no ledger of this version, or damaged.
+
+        Then all its files are as they were found.
+        """
+        if not is_read_only and path.exists():
+            # Closed by its last writer, a database takes in its log: one that is refused must keep it.
+            Database(path, is_read_only=True).close()
         self.path = path
         self.lock = threading.RLock()
         self._mark: Mark | None = None
@@ -30,12 +36,18 @@ class Database:
             self._check_pages()
             if not is_read_only:
                 self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + TABLES)
-            self._check_rows()
+            if self._has_tables():
+                self._check_rows()
         except sqlite3.Error as error:
             raise OperatorError(
                 f"{path}: {error}, expected a ledger of an earlier start or a folder to create one in"
             ) from error
-        self._open_mark(is_read_only=is_read_only)
+        if self._has_tables():
+            self._open_mark(is_read_only=is_read_only)
+
+    def _has_tables(self) -> bool:
+        """False where a crash came before the first transaction."""
+        return self.count("SELECT count(*) FROM sqlite_schema") > 0
 
     def _check_pages(self) -> None:
         faults = [fault for (fault,) in self._db.execute("PRAGMA integrity_check(1)")]

@@ -35,6 +35,13 @@ class History:
             ).fetchone()
         return Composition(step, tuple(json.loads(row[0])), tuple(json.loads(row[1])), row[2]) if row else None
 
+    def mean_reward(self, group_ids: Sequence[int]) -> float | None:
+        """Mean reward of the groups' trajectories, as they came; None without groups."""
+        query = "SELECT reward_sum, num_trajectories FROM groups WHERE group_id = ?"
+        with self._db.lock:
+            sums = [self._db.execute(query, (group_id,)).fetchone() for group_id in group_ids]
+        return sum(reward for reward, _ in sums) / sum(count for _, count in sums) if sums else None
+
     def expert_cursor(self, step: int) -> int:
         """Expert rows drawn before `step`."""
         return self._db.count("SELECT coalesce(max(expert_cursor), 0) FROM batches WHERE step < ?", (step,))

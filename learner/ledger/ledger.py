@@ -2,7 +2,8 @@
 
 Admission is arithmetic. With G groups per step, bound S and v the version that the asking actor serves, group number n
 (dropped ones not counted) is leased only if n <= (v + S + 1)·G. Trained in lease order it is used at step
-ceil(n/G) − 1 <= v + S: at most S steps late.
+ceil(n/G) − 1 <= v + S: at most S steps late. Where the first F steps train on no groups, all steps count from F, and
+nothing is leased before version F.
 """
 
 import json
@@ -34,6 +35,7 @@ class DropReason(StrEnum):
     """Why a leased prompt was not trained."""
 
     STALE = "stale"
+    ZERO_VARIANCE = "zero_variance"
     POISON = "poison"
     ROLLED_BACK = "rolled_back"
 
@@ -63,12 +65,21 @@ class Sample:
 class Ledger:
     """One writer's view of the ledger; safe to share between the learner's threads."""
 
-    def __init__(self, path: Path, *, groups_per_step: int, max_staleness: int, num_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        groups_per_step: int,
+        max_staleness: int,
+        num_steps: int | None = None,
+        first_step: int = 0,
+    ) -> None:
         """Open or create. Raises OperatorError where the file is no ledger of this version, or damaged.
 
-        No more groups are leased than `num_steps` steps take.
+        Steps before `first_step` train on no groups; no more are leased than the others, up to `num_steps`, take.
         """
-        self._most_groups = 1 << 62 if num_steps is None else num_steps * groups_per_step
+        self._most_groups = 1 << 62 if num_steps is None else (num_steps - first_step) * groups_per_step
+        self._first_step = first_step
         self._groups_per_step = groups_per_step
         self._max_staleness = max_staleness
         self._db = Database(path)
@@ -119,10 +130,17 @@ class Ledger:
                 "AND leases.state = 'active' AND groups.state = 'leased' ORDER BY group_id", (session,),
             )  # fmt: skip
             granted = [GrantedLease(*row) for row in active if row[0] not in known][:capacity]
-            limit = min((serving_step + self._max_staleness + 1) * self._groups_per_step, self._most_groups)
+            limit = self._limit(serving_step)
             for group_id, prompt_index in self._leasable(limit, capacity - len(granted)):
                 granted.append(self._grant(group_id, prompt_index, actor_id, session))
             return granted
+
+    def _limit(self, serving_step: int) -> int:
+        """The last place that may be leased to an actor that serves this version."""
+        if serving_step < self._first_step:
+            return 0
+        num_steps = serving_step - self._first_step + self._max_staleness + 1
+        return min(num_steps * self._groups_per_step, self._most_groups)
 
     def _leasable(self, limit: int, count: int) -> list[tuple[int, int]]:
         """Groups without an active lease whose place is within `limit`, then new ones; (group_id, prompt_index)."""
@@ -225,8 +243,13 @@ class Ledger:
             self._db.increase("redelivered")
             return f"group {row[0]} is {row[1]}"
 
-    def commit(self, lease_id: str, body: bytes, sample: Sample) -> tuple[Outcome, str]:
-        """Journal a group's result. The first one for a prompt wins; any later one is `redelivered`."""
+    def commit(
+        self, lease_id: str, body: bytes, sample: Sample, *, drop: DropReason | None = None
+    ) -> tuple[Outcome, str]:
+        """Journal a group's result. The first one for a prompt wins; any later one is `redelivered`.
+
+        With `drop` it is acknowledged, and dropped: another prompt takes its place.
+        """
         with self._db.transaction():
             if late := self.redeliver(lease_id):
                 return Outcome.REDELIVERED, late
@@ -234,12 +257,14 @@ class Ledger:
             if row is None:
                 return Outcome.REFUSED, f"lease {lease_id} was never issued"
             group_id, actor_id = row
-            self._db.execute("INSERT INTO bodies VALUES (?, ?)", (group_id, body))
+            if drop is None:
+                self._db.execute("INSERT INTO bodies VALUES (?, ?)", (group_id, body))
             self._db.execute(
-                "UPDATE groups SET state = 'committed', winner = ?, actor_id = ?, min_version = ?, "
+                "UPDATE groups SET state = ?, reason = ?, winner = ?, actor_id = ?, min_version = ?, "
                 "num_trajectories = ?, num_answer_tokens = ?, reward_sum = ?, sampling_s = ? WHERE group_id = ?",
                 (
-                    lease_id, actor_id, sample.min_version, sample.num_trajectories, sample.num_answer_tokens,
+                    "dropped" if drop else "committed", drop, lease_id, actor_id, sample.min_version,
+                    sample.num_trajectories, sample.num_answer_tokens,
                     sample.reward_sum, sample.sampling_s, group_id,
                 ),
             )  # fmt: skip

@@ -28,6 +28,17 @@ def mu_at(step: int, *, peak: float, valley: float, warmup_steps: int, decay_ste
     return valley + (peak - valley) * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / decay_steps))
 
 
+def adaptive_mu(mean_reward: float, *, target: float) -> float:
+    """μ = max(0, τ − mean reward), at most 1: the ablation of arXiv 2508.11408 in which μ follows the reward."""
+    return min(1.0, max(0.0, target - mean_reward))
+
+
+def effective_mu(mu: float, *, policy_norm: float, expert_norm: float) -> float:
+    """μ‖g_sft‖ / (μ‖g_sft‖ + (1 − μ)‖g_rl‖): the expert half's share of the gradient; 0 where both vanish."""
+    expert, policy = mu * expert_norm, (1 - mu) * policy_norm
+    return expert / (expert + policy) if expert + policy > 0 else 0.0
+
+
 def expert_loss(
     logprobs: Tensor, mask: Tensor, *, weighting: Literal["phi", "is", "none"], num_tokens: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
