@@ -36,6 +36,10 @@ class Case:
     def has_experts(self) -> bool:
         return any("e" in share or "x" in share for share in self.shares)
 
+    @property
+    def mu(self) -> float:
+        return MU if self.has_experts else 0.0
+
 
 CASES = (
     Case("both ranks have both", ("x", "x")),
@@ -50,7 +54,7 @@ CASES = (
 def rows_of_case(judge: Judge, case: Case) -> list[Row]:
     """The same ones in every process."""
     rows = random_rows(
-        judge, seed=11, num_groups=3, num_experts=4, spread=0.3, temperature=0.7, has_weights=False,
+        judge, seed=11, num_groups=3, num_experts=4, spread=0.3, temperature=0.7
     )  # fmt: skip
     return [row for row in rows if case.has_experts or not row.branches[0].is_expert]
 
@@ -75,7 +79,9 @@ def main(model: Path, output: Path, rank: int) -> None:
         gauge = make_gauge(model, ranks, zero_stage=stage)
         for case in CASES:
             batches = CUT.batches(share_of(rows_of_case(judge, case), case, rank))
-            gradient, report = measure(gauge, batches, objective=Objective(Correction(), "phi"), mu=MU)
+            gradient, report = measure(
+                gauge, batches, objective=Objective(Correction(), "phi"), mu=case.mu, measures_halves=True
+            )
             if ranks.is_first:
                 save_file(gradient, output / f"{report_name(stage, case)}.safetensors")
                 (output / f"{report_name(stage, case)}.json").write_text(json.dumps(report.metrics))

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,11 +18,15 @@ from learner.policy_model import load_policy_model
 from learner.ranks import Ranks
 from learner.rows import Branch, Row, deal, micro_batches, split_to_budget, unshare
 from learner.train_engine import Objective, OptimizerSettings, StepReport, TrainEngine
+from tests import reference
 from tests.judge import Judge
 
 VOCABULARY = 258
 MU, LR = 0.4, 1e-3
 CPU = torch.device("cpu")
+
+Weights = Literal["ones", "fractions", "sequence_mean"]
+"""Of loss-bearing tokens: all alike, any, or those of each sequence adding up to 1."""
 
 
 def some_rows(num_groups: int = 3, num_experts: int = 4, *, temperature: float = 0.7) -> list[Row]:
@@ -112,12 +116,17 @@ def make_gauge(model_path: Path, ranks: Ranks, *, zero_stage: int = 0) -> TrainE
 
 
 def measure(
-    gauge: TrainEngine, batches: Sequence[TrainBatch], *, objective: Objective, mu: float
+    gauge: TrainEngine,
+    batches: Sequence[TrainBatch],
+    *,
+    objective: Objective,
+    mu: float,
+    measures_halves: bool = False,
 ) -> tuple[dict[str, Tensor], StepReport]:
     """The gradient of one optimizer step by parameter, and its report. Every rank must call it."""
     internals: Any = gauge
     internals._objective = objective
-    report = gauge.step(batches, mu=mu, lr=0.0)
+    report = gauge.step(batches, mu=mu, lr=0.0, measures_halves=measures_halves)
     gradient = {name: _first_moment(internals, p) for name, p in internals._model.lm.named_parameters()}
     return gradient, report
 
@@ -129,20 +138,28 @@ def _first_moment(gauge: Any, parameter: Tensor) -> Tensor:
 
 
 def random_rows(
-    judge: Judge, *, seed: int, num_groups: int, num_experts: int, spread: float, temperature: float, has_weights: bool
+    judge: Judge,
+    *,
+    seed: int,
+    num_groups: int,
+    num_experts: int,
+    spread: float,
+    temperature: float,
+    weights: Weights = "ones",
 ) -> list[Row]:
     """Groups of two to four and demonstrations: answers from one token on, masks with holes, NaN under every hole.
 
-    Behaviour log-probs are the policy's own, off by `spread`; `has_weights` puts fractions in place of the mask's ones.
+    Behaviour log-probs are the policy's own, off by `spread`. `weights` says what stands in the masks.
     """
     numbers = np.random.default_rng(seed)
 
     def branch(prompt: NDArray[np.int32], *, is_expert: bool) -> Branch:
         size = int(numbers.integers(1, 10))
-        mask = numbers.uniform(0.1, 2.0, size) if has_weights else np.ones(size)
+        mask = numbers.uniform(0.1, 2.0, size) if weights == "fractions" else np.ones(size)
         holes = numbers.random(size) < (0.3 if numbers.random() < 0.5 else 0.0)
         holes[int(numbers.integers(size))] = False
-        mask = np.where(holes, 0.0, mask).astype(np.float32)
+        mask = np.where(holes, 0.0, mask)
+        mask = reference.loss_weights(mask, weights).astype(np.float32)
         tokens = numbers.integers(0, VOCABULARY, size).astype(np.int32)
         nan = np.full(size, np.nan, dtype=np.float32)
         if is_expert:

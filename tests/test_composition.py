@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from actors.rollout import Rollout
 from common.chat import Chat, ChatMessage
 from common.config.load import resolve_config
 from common.config.schema import Actor, Config
-from common.errors import OperatorError, WaitTimeout
+from common.errors import ConfigError, OperatorError, WaitTimeout
 from common.problems import Split
 from common.trajectory import TrajectoryGroup
 from common.wire.groups import from_blob, group_frames, group_header, to_blob
@@ -31,7 +31,7 @@ from learner.ledger.ledger import Ledger, Sample
 from learner.objective.importance import Correction
 from learner.policy_model import PolicyModel, load_policy_model
 from learner.ranks import Ranks
-from learner.rows import Row, expert_row, policy_row
+from learner.rows import Aggregation, Row, policy_row
 from learner.source import Source
 from learner.step_rows import StepReader, StepRows, open_experts
 from learner.trainer import Trainer
@@ -93,6 +93,10 @@ def model(tiny_model: Path) -> PolicyModel:
     return load_policy_model(tiny_model, dtype=torch.float32, head_chunk_tokens=64)
 
 
+def row_of(group: TrajectoryGroup, temperature: float) -> Row:
+    return policy_row(group, [1.0] * len(group.trajectories), temperature=temperature, aggregation="token_mean")
+
+
 def largest_difference(model: PolicyModel, row: Row) -> float:
     """Between the learner's log-probs and the behaviour log-probs, over the row's loss-bearing tokens."""
     batch = build_batch([row])
@@ -104,10 +108,10 @@ def largest_difference(model: PolicyModel, row: Row) -> float:
 def test_behaviour_log_probs_are_the_learners_own_at_the_sampling_temperature(
     group: TrajectoryGroup, model: PolicyModel
 ) -> None:
-    at_temperature = policy_row(group, scale="std", temperature=TEMPERATURE)
+    at_temperature = row_of(group, TEMPERATURE)
     assert any((b.mask[:-1] == 0).any() for b in at_temperature.branches), "expected replies between answers"
     assert largest_difference(model, at_temperature) < 1e-4
-    assert largest_difference(model, policy_row(group, scale="std", temperature=1.0)) > 0.1
+    assert largest_difference(model, row_of(group, 1.0)) > 0.1
 
 
 @dataclass
@@ -116,14 +120,25 @@ class Bench:
 
     config: Config
     ledger: Ledger
+    experts: ExpertStore | None
     source: Source
     chat: Chat
+
+    def resumed(self) -> "Bench":
+        """What a new process would make of the same ledger and store."""
+        return bench_of(self.config, self.ledger, self.experts, self.chat)
 
     def deliver(self, group: TrajectoryGroup, count: int) -> None:
         """`count` copies of `group`, as many actors would send them."""
         for number in range(count):
             (granted,) = self.ledger.lease(f"a{number}", f"s{number}", capacity=1, serving_step=0, held=())
             self.ledger.commit(granted.lease_id, to_blob(group_header(group), group_frames(group)), SAMPLE)
+
+
+def bench_of(config: Config, ledger: Ledger, experts: ExpertStore | None, chat: Chat) -> Bench:
+    reader = StepReader(config, ledger.history, experts, chat)
+    source = Source(config, ledger, experts, reader, describe_peers=lambda: "nobody", check=lambda: None)
+    return Bench(config, ledger, experts, source, chat)
 
 
 SAMPLE = Sample(0, 3, 30, 1.5, 0.25)
@@ -145,11 +160,7 @@ def bench(tiny_model: Path, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
             stack.callback(ledger.close)
             if experts:
                 stack.callback(experts.close)
-            source = Source(
-                config, ledger, experts, StepReader(config, ledger.history, experts, chat),
-                describe_peers=lambda: "nobody", check=lambda: None,
-            )  # fmt: skip
-            return Bench(config, ledger, source, chat)
+            return bench_of(config, ledger, experts, chat)
 
         yield make
 
@@ -178,10 +189,11 @@ def test_policy_rows_have_the_sampling_temperature_and_expert_rows_have_1(
 ) -> None:
     made = bench()
     made.deliver(group, 2)
-    rows = made.source.next_rows(0).rows
+    drawn = made.source.next_rows(0)
+    rows = drawn.rows
     found = {(branch.is_expert, branch.temperature) for row in rows for branch in row.branches}
     assert found == {(False, TEMPERATURE), (True, 1.0)}
-    report = Trainer(made.config, Ranks(CPU), CPU).take(0, rows).report
+    report = Trainer(made.config, Ranks(CPU), CPU).take(0, rows, mu=drawn.mu).report
     assert report.metrics["policy_ratio_mean"] == pytest.approx(1.0, abs=1e-4)
     assert report.metrics["policy_mismatch_kl"] == pytest.approx(0.0, abs=1e-6)
     verdict = Judge(tiny_model).step(rows, correction=Correction(), weighting="phi", mu=0.1)
@@ -249,7 +261,7 @@ def test_a_store_without_a_row_is_refused_before_anything_is_trained(tiny_model:
 
 SCHEDULE = [
     "algorithm.preset=chord_mu", "algorithm.mu_peak=0.8", "algorithm.mu_valley=0.1", "algorithm.mu_warmup_steps=2",
-    "algorithm.mu_decay_steps=4", "learner.micro_batch_tokens=300", "learner.num_steps=20",
+    "algorithm.mu_decay_steps=4", "learner.micro_batch_tokens=300", "learner.num_steps=20", "algorithm.max_staleness=9",
 ]  # fmt: skip
 
 
@@ -257,18 +269,40 @@ def test_mu_follows_the_learners_step_counted_from_0_and_goes_on_after_a_resume(
     bench: Callable[..., Bench], group: TrajectoryGroup, tmp_path: Path
 ) -> None:
     made = bench(*SCHEDULE)
-    policy = [policy_row(group, scale="std", temperature=TEMPERATURE)] * 2
-    experts = [expert_row(made.chat.demonstration(row.messages)) for row in demonstrations()]
     trainer = Trainer(made.config, Ranks(CPU), CPU)
-    taken = [trainer.take(step, policy + experts).report for step in range(3)]
-    trainer.save(tmp_path / "saved")
-    resumed = Trainer(made.config, Ranks(CPU), CPU)
-    resumed.restore(tmp_path / "saved")
-    taken += [resumed.take(step, policy + experts).report for step in range(3, 8)]
-    for step, report in enumerate(taken):
+    for step in range(8):
+        if step == 3:
+            trainer.save(tmp_path / "saved")
+            trainer = Trainer(made.config, Ranks(CPU), CPU)
+            trainer.restore(tmp_path / "saved")
+            made = made.resumed()
+        made.deliver(group, 2)
+        drawn = made.source.next_rows(step)
+        report = trainer.take(step, drawn.rows, mu=drawn.mu).report
+        made.ledger.finish_batch(step, "{}")
         mu = reference.mu(step, 0.8, 0.1, 2, 4)
-        halves: Any = [report.metrics[name] for name in ("policy_loss", "expert_loss")]
-        assert report.metrics["loss"] == pytest.approx((1 - mu) * halves[0] + mu * halves[1], abs=1e-6), step
-        assert abs(halves[0] - halves[1]) > 0.01, "expected halves that tell μ"
+        policy, expert = report.metrics["policy_loss"], report.metrics["expert_loss"]
+        assert drawn.mu == pytest.approx(mu), step
+        assert report.metrics["loss"] == pytest.approx((1 - mu) * policy + mu * expert, abs=1e-6), step
+        assert mu == 0 or abs(policy - expert) > 0.01, "expected halves that tell μ"
         assert report.num_policy_tokens == 2 * sum(t.num_answer_tokens for t in group.trajectories)
-        assert report.num_expert_tokens == sum(row.branches[0].mask.sum() for row in experts)
+        assert report.num_expert_tokens == sum(row.branches[0].mask.sum() for row in expert_rows(drawn))
+
+
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
+def test_masks_carry_the_aggregation_in_both_halves(
+    aggregation: str, bench: Callable[..., Bench], group: TrajectoryGroup
+) -> None:
+    made = bench(f"algorithm.aggregation={aggregation}")
+    made.deliver(group, 2)
+    branches = [branch for row in made.source.next_rows(0).rows for branch in row.branches]
+    for branch in branches:
+        expected = reference.loss_weights((branch.mask > 0).astype(np.float64), aggregation)
+        np.testing.assert_allclose(branch.mask, expected, rtol=1e-6)
+    assert {branch.is_expert for branch in branches} == {True, False}
+
+
+@pytest.mark.parametrize("override", ["sampling.top_p=0.9", "sampling.top_k=20"])
+def test_filtered_sampling_is_refused_in_training(override: str, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the learner cannot match"):
+        config_of(tiny_model, tmp_path, override)

@@ -25,14 +25,17 @@ from learner.policy_model import load_policy_model
 from learner.ranks import Ranks
 from learner.rows import Branch, Row
 from learner.train_engine import Objective, TrainEngine
+from tests import reference
 from tests.judge import Judge, Verdict
 from tests.rank_steps import CASES, STAGES, Case, report_name, rows_of_case
-from tests.rank_steps import MU as RANKS_MU
-from tests.steps import CPU, LR, VOCABULARY, Cut, make_engine, make_gauge, measure, random_rows, weights_of
+from tests.steps import CPU, LR, VOCABULARY, Cut, Weights, make_engine, make_gauge, measure, random_rows, weights_of
 from tests.tiny_model import make_tiny_model
 
 TOLERANCE = 3e-5
 """Of the largest entry of the gradient: the judge counts in float64, the engine in float32."""
+
+MEASURED = {"grad_norm", "policy_grad_norm", "expert_grad_norm", "mu_effective"}
+"""Metrics that are no sums over tokens."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -93,7 +96,7 @@ def steps(draw: st.DrawFn, judge: Judge) -> list[Row]:
         num_experts=draw(st.integers(0 if num_groups else 1, 3)),
         spread=draw(st.sampled_from([0.0, 0.3, 2.0])),
         temperature=draw(st.sampled_from([0.7, 1.0, 1.6])),
-        has_weights=draw(st.booleans()),
+        weights=draw(st.sampled_from(get_args(Weights))),
     )
 
 
@@ -103,12 +106,30 @@ def assert_judged(gradient: dict[str, Tensor], metrics: dict[str, float], verdic
     for name, expected in verdict.gradient.items():
         worst = float((gradient[name].double() - expected).abs().max())
         assert worst <= TOLERANCE * scale + 1e-9, f"{name}: off by {worst} at scale {scale}"
-    norm = math.sqrt(sum(float(entry.square().sum()) for entry in verdict.gradient.values()))
-    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4, abs=1e-7)
+    assert metrics["grad_norm"] == pytest.approx(norm_of(verdict), rel=1e-4, abs=1e-7)
     known = {name: value for name, value in verdict.metrics.items() if name in metrics}
     assert {"loss", "policy_entropy", "policy_ratio_sq_mean", "expert_nll_mean"} & known.keys()
     assert {name: metrics[name] for name in known} == pytest.approx(known, rel=1e-3, abs=1e-5)
-    assert all(value == 0 for name, value in metrics.items() if name not in {*known, "grad_norm"}), metrics
+    assert all(value == 0 for name, value in metrics.items() if name not in {*known, *MEASURED}), metrics
+
+
+def mu_within(rows: list[Row], mu: float) -> float:
+    """`mu` where both halves have rows; else the one that asks for nothing that is not there."""
+    kinds = {row.branches[0].is_expert for row in rows}
+    return mu if len(kinds) == 2 else float(kinds == {True})
+
+
+def norm_of(verdict: Verdict) -> float:
+    return math.sqrt(sum(float(entry.square().sum()) for entry in verdict.gradient.values()))
+
+
+def assert_halves(metrics: dict[str, float], judge: Judge, rows: list[Row], mu: float) -> None:
+    policy, expert = (
+        norm_of(judge.step(rows, correction=Correction(), weighting="phi", mu=alone)) for alone in (0.0, 1.0)
+    )
+    assert metrics["policy_grad_norm"] == pytest.approx(policy, rel=1e-4, abs=1e-7)
+    assert metrics["expert_grad_norm"] == pytest.approx(expert, rel=1e-4, abs=1e-7)
+    assert metrics["mu_effective"] == pytest.approx(reference.effective_mu(mu, policy, expert), abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,6 +139,7 @@ def test_the_gradient_of_a_step_is_the_judges_however_it_is_cut(
     kind: Kind, judge: Judge, gauges: dict[int, TrainEngine], data: st.DataObject, cut: Cut, mu: float, weighting: Any
 ) -> None:
     rows, correction = data.draw(steps(judge)), data.draw(corrections(kind))
+    mu = mu_within(rows, mu)
     gradient, report = measure(gauges[0], cut.batches(rows), objective=Objective(correction, weighting), mu=mu)
     verdict = judge.step(rows, correction=correction, weighting=weighting, mu=mu)
     assert_judged(gradient, report.metrics, verdict)
@@ -130,8 +152,22 @@ def test_the_gradient_of_a_step_is_the_judges_in_every_zero_stage(
     stage: int, judge: Judge, gauges: dict[int, TrainEngine], data: st.DataObject, cut: Cut
 ) -> None:
     rows, correction = data.draw(steps(judge)), Correction()
-    gradient, report = measure(gauges[stage], cut.batches(rows), objective=Objective(correction, "phi"), mu=0.3)
-    assert_judged(gradient, report.metrics, judge.step(rows, correction=correction, weighting="phi", mu=0.3))
+    mu = mu_within(rows, 0.3)
+    gradient, report = measure(gauges[stage], cut.batches(rows), objective=Objective(correction, "phi"), mu=mu)
+    assert_judged(gradient, report.metrics, judge.step(rows, correction=correction, weighting="phi", mu=mu))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@quick(3)
+@given(data=st.data(), cut=cuts, mu=st.sampled_from([0.0, 0.3, 1.0]))
+def test_measuring_the_halves_gives_the_judges_norms_and_leaves_the_gradient_alone(
+    stage: int, judge: Judge, gauges: dict[int, TrainEngine], data: st.DataObject, cut: Cut, mu: float
+) -> None:
+    rows, objective = data.draw(steps(judge)), Objective(Correction(), "phi")
+    mu = mu_within(rows, mu)
+    gradient, report = measure(gauges[stage], cut.batches(rows), objective=objective, mu=mu, measures_halves=True)
+    assert_judged(gradient, report.metrics, judge.step(rows, correction=Correction(), weighting="phi", mu=mu))
+    assert_halves(report.metrics, judge, rows, mu)
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +200,14 @@ def test_two_ranks_have_the_gradient_of_the_judge_whoever_holds_what(
         load_file(two_ranks / f"{name}.safetensors"),
         json.loads((two_ranks / f"{name}.json").read_text()),
     )
-    verdict = judge.step(rows_of_case(judge, case), correction=Correction(), weighting="phi", mu=RANKS_MU)
+    verdict = judge.step(rows_of_case(judge, case), correction=Correction(), weighting="phi", mu=case.mu)
     assert_judged(gradient, metrics, verdict)
+    assert_halves(metrics, judge, rows_of_case(judge, case), case.mu)
 
 
 def halves(judge: Judge) -> tuple[list[Row], list[Row]]:
     """Policy rows and expert rows of one step."""
-    rows = random_rows(judge, seed=5, num_groups=2, num_experts=3, spread=0.3, temperature=0.7, has_weights=False)
+    rows = random_rows(judge, seed=5, num_groups=2, num_experts=3, spread=0.3, temperature=0.7)
     return rows[:2], rows[2:]
 
 
@@ -239,7 +276,7 @@ def test_a_micro_batch_of_nothing_but_nan_where_there_is_no_loss_leaves_a_finite
     judge: Judge, gauges: dict[int, TrainEngine]
 ) -> None:
     policy, experts = halves(judge)
-    for rows in (policy, experts):
+    for rows, mu in ((policy, 0.0), (experts, 1.0)):
         silent = [
             replace(row, branches=tuple(
                 replace(b, mask=np.zeros_like(b.mask), behavior_logprobs=np.full_like(b.mask, np.nan),
@@ -247,9 +284,9 @@ def test_a_micro_batch_of_nothing_but_nan_where_there_is_no_loss_leaves_a_finite
             )) for row in rows
         ]  # fmt: skip
         gradient, report = measure(
-            gauges[0], [build_batch(silent), build_batch(rows)], objective=Objective(Correction(), "phi"), mu=0.3
+            gauges[0], [build_batch(silent), build_batch(rows)], objective=Objective(Correction(), "phi"), mu=mu
         )
-        assert_judged(gradient, report.metrics, judge.step(rows, correction=Correction(), weighting="phi", mu=0.3))
+        assert_judged(gradient, report.metrics, judge.step(rows, correction=Correction(), weighting="phi", mu=mu))
 
 
 def test_log_probs_are_taken_in_float32_whatever_precision_the_parameters_have(model_path: Path) -> None:
