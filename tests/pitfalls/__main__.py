@@ -15,16 +15,28 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.pitfalls.catalogue import PITFALLS, STEP, Pitfall
+from tests.pitfalls.catalogue import BATCH, MODEL, PITFALLS, ROWS, SCHEMA, STEP, Pitfall
 
 HOUSE = Path(__file__).parents[2]
 COPIED = ("actors", "common", "learner", "tests", "pyproject.toml")
-MATHS = (
-    "tests/test_objective_reference.py", "tests/test_objective_golden.py", "tests/test_invariance.py",
-    "tests/test_composition.py", "tests/test_step.py",
+OBJECTIVE = ("tests/test_objective_reference.py", "tests/test_objective_golden.py", "tests/test_invariance.py")
+STEPS = ("tests/test_invariance.py", "tests/test_composition.py", "tests/test_step.py")
+COMPOSITION = ("tests/test_composition.py",)
+CONFIG = (
     "tests/test_config.py::test_a_wrong_value_is_refused_in_one_line_with_path_got_and_expected",
-)  # fmt: skip
-"""The tests that look at the numbers of a step, and at what may become one."""
+    "tests/test_composition.py::test_filtered_sampling_is_refused_in_training",
+)
+
+
+def maths_tests(file: str) -> tuple[str, ...]:
+    """The tests that look at the numbers of a step, as far as `file` can change them."""
+    if file.startswith("learner/objective/"):
+        return OBJECTIVE
+    if file in (STEP, MODEL, BATCH, ROWS):
+        return STEPS
+    return CONFIG if file == SCHEMA else COMPOSITION
+
+
 LIMIT_S = 280
 NUM_AT_A_TIME = 2
 
@@ -86,9 +98,12 @@ def tests_command(pitfall: Pitfall | None) -> list[str]:
     """Two ranks are started only where they can tell more than one does."""
     command = [
         sys.executable, "-B", "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider",
-        "-p", "tests.pitfalls.first_failure", *MATHS,
+        "-p", "tests.pitfalls.first_failure",
     ]  # fmt: skip
-    return command if pitfall is None or pitfall.file == STEP else [*command, "-k", "not two_ranks"]
+    if pitfall is None:
+        return [*command, *dict.fromkeys((*OBJECTIVE, *STEPS, *CONFIG))]
+    ranks = [] if pitfall.needs_two_ranks else ["-k", "not two_ranks"]
+    return [*command, *maths_tests(pitfall.file), *ranks]
 
 
 def report(pitfall: Pitfall, found: Found) -> bool:

@@ -12,44 +12,48 @@ class Pitfall:
     right: str
     """Stands in the file exactly once."""
     wrong: str
+    needs_two_ranks: bool = False
+    """Whether one rank alone cannot tell."""
 
 
 STEP, CHORD, POLICY = "learner/train_engine.py", "learner/objective/chord.py", "learner/objective/policy.py"
 IMPORTANCE, ADVANTAGES = "learner/objective/importance.py", "learner/objective/advantages.py"
 MODEL, BATCH, ROWS, SOURCE = "learner/policy_model.py", "learner/batch.py", "learner/rows.py", "learner/source.py"
-TRAINER, SCHEMA = "learner/trainer.py", "common/config/schema.py"
+STEP_ROWS, SCHEMA = "learner/step_rows.py", "common/config/schema.py"
 
 PITFALLS = (
     # Wrong denominators.
     Pitfall(
         "mean of micro-batch means, policy half", STEP,
-        "correction=self._objective.correction, num_tokens=num_policy_tokens,",
+        "correction=self._objective.correction, num_tokens=denominators.policy,",
         "correction=self._objective.correction, num_tokens=float(batch.policy_mask.sum()),",
     ),
     Pitfall(
         "mean of micro-batch means, expert half", STEP,
-        "weighting=self._objective.expert_weighting, num_tokens=num_expert_tokens",
+        "weighting=self._objective.expert_weighting, num_tokens=denominators.expert",
         "weighting=self._objective.expert_weighting, num_tokens=float(batch.expert_mask.sum())",
     ),
     Pitfall(
         "mean per rank: counts are not all-reduced", STEP,
-        "num_policy_tokens, num_expert_tokens = self._ranks.add_up(counts)",
-        "num_policy_tokens, num_expert_tokens = counts",
+        "policy, expert, num_policy_tokens, num_expert_tokens = self._ranks.add_up(counts)",
+        "policy, expert, num_policy_tokens, num_expert_tokens = *counts[:2], *self._ranks.add_up(counts[2:])",
+        needs_two_ranks=True,
     ),
     Pitfall(
         "divided a second time by accumulation, both halves", STEP,
-        "self._engine.backward(loss * self._ranks.count)",
-        "self._engine.backward(loss * self._ranks.count / num_micro_batches)",
+        "self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * self._ranks.count)",
+        "self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * self._ranks.count / num_micro_batches)",
     ),
     Pitfall(
         "divided a second time by accumulation, policy half alone", STEP,
-        "loss = chord_loss(policy, expert, mu=mu)",
-        "loss = chord_loss(policy / (1 + (batch.policy_mask.sum() < num_policy_tokens)), expert, mu=mu)",
+        "loss = chord_loss(losses.policy, losses.expert, mu=mu)",
+        "loss = chord_loss(losses.policy / num_micro_batches, losses.expert, mu=mu)",
     ),
     Pitfall(
         "world-size factor missing", STEP,
-        "self._engine.backward(loss * self._ranks.count)",
-        "self._engine.backward(loss)",
+        "self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * self._ranks.count)",
+        "self._engine.backward(loss + 0.0 * losses.logprobs.sum())",
+        needs_two_ranks=True,
     ),
     Pitfall(
         "a step for every micro-batch", STEP,
@@ -73,13 +77,24 @@ PITFALLS = (
     ),
     Pitfall(
         "a size typed by hand: the rank count", STEP,
-        "self._engine.backward(loss * self._ranks.count)",
-        "self._engine.backward(loss * 1)",
+        "self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * self._ranks.count)",
+        "self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * 1)",
+        needs_two_ranks=True,
     ),
     Pitfall(
         "a size typed by hand: expert tokens", STEP,
-        "weighting=self._objective.expert_weighting, num_tokens=num_expert_tokens",
+        "weighting=self._objective.expert_weighting, num_tokens=denominators.expert",
         "weighting=self._objective.expert_weighting, num_tokens=32",
+    ),
+    Pitfall(
+        "a sequence mean that divides by all positions", ROWS,
+        "mask / max(mask.sum(), 1.0)",
+        "mask / len(mask)",
+    ),
+    Pitfall(
+        "the soft overlong penalty has no floor", "learner/objective/rewards.py",
+        ".clamp(-1.0, 0.0)",
+        ".clamp(max=0.0)",
     ),
     # Masked and rejected tokens.
     Pitfall(
@@ -100,29 +115,23 @@ PITFALLS = (
     ),
     Pitfall(
         "expert rows in the entropy", STEP,
-        "entropy = (entropies * batch.policy_mask).sum()",
-        "entropy = (entropies * batch.mask).sum()",
+        "(entropies * batch.policy_mask).sum() / max(denominators.policy, 1.0)",
+        "(entropies * batch.mask).sum() / max(denominators.policy, 1.0)",
     ),
     Pitfall(
-        "expert rows in the advantages of a group", "learner/step_rows.py",
-        "            rows += [expert_row(self._chat.demonstration(row.messages)) for row in demonstrations]",
-        "            experts = [expert_row(self._chat.demonstration(row.messages)) for row in demonstrations]\n"
-        "            for group, row in zip(groups, list(rows), strict=True):\n"
-        "                from dataclasses import replace\n"
-        "                import torch\n"
-        "                from learner.objective.advantages import group_advantages\n"
-        "                rewards = torch.tensor([t.reward for t in group.trajectories] + [1.0])\n"
-        "                found = group_advantages(rewards).tolist()\n"
-        "                branches = [replace(b, advantage=a) for b, a in zip(row.branches, found)]\n"
-        "                rows[rows.index(row)] = replace(row, branches=tuple(branches))\n"
-        "            rows += experts",
+        "expert rows in the advantages of a group", STEP_ROWS,
+        "advantages = [self._shaping.advantages(group).tolist() for group in groups]",
+        "from dataclasses import replace as put\n"
+        "        expert = [put(group.trajectories[0], reward=1.0) for group in groups]\n"
+        "        with_expert = [put(g, trajectories=(*g.trajectories, e)) for g, e in zip(groups, expert)]\n"
+        "        advantages = [self._shaping.advantages(group).tolist()[:-1] for group in with_expert]",
     ),
     Pitfall(
         "expert rows in importance weights and effective sample size", ROWS,
-        "nothing = np.full(len(mask), np.nan, dtype=np.float32)\n"
-        '    branch = Branch(tokens[start:], mask, nothing, float("nan"), EXPERT_TEMPERATURE, is_expert=True)',
-        "nothing = np.full(len(mask), -1.0, dtype=np.float32)\n"
-        "    branch = Branch(tokens[start:], mask, nothing, 1.0, EXPERT_TEMPERATURE, is_expert=False)",
+        "nothing = np.full(len(weights), np.nan, dtype=np.float32)\n"
+        '    branch = Branch(tokens[start:], weights, nothing, float("nan"), EXPERT_TEMPERATURE, is_expert=True)',
+        "nothing = np.full(len(weights), -1.0, dtype=np.float32)\n"
+        "    branch = Branch(tokens[start:], weights, nothing, 1.0, EXPERT_TEMPERATURE, is_expert=False)",
     ),
     # Neither half is ever missing.
     Pitfall(
@@ -145,13 +154,14 @@ PITFALLS = (
     # The schedule of μ.
     Pitfall(
         "μ counted from 1", "learner/schedule.py",
-        "    return mu_at(\n        step,",
-        "    return mu_at(\n        step + 1,",
+        "        step - sft_steps,\n        peak=algorithm.mu_peak,",
+        "        step - sft_steps + 1,\n        peak=algorithm.mu_peak,",
     ),
     Pitfall(
-        "μ starts anew after a resume", TRAINER,
-        "mu=mu_of(self._config.algorithm, step), lr=lr)",
-        "mu=mu_of(self._config.algorithm, self._engine._engine.global_steps % 3), lr=lr)",
+        "μ starts anew after a resume", STEP_ROWS,
+        "        mu = mu_of(self._config, composition.step,",
+        "        self._num_read = getattr(self, '_num_read', -1) + 1\n"
+        "        mu = mu_of(self._config, self._num_read,",
     ),
     Pitfall(
         "a decay of 0 from peak to another valley is accepted by the schedule", CHORD,
@@ -168,20 +178,34 @@ PITFALLS = (
         "return (1 - mu) * policy + mu * expert",
         "return mu * policy + (1 - mu) * expert",
     ),
-    # Temperature.
     Pitfall(
-        "policy log-probs at temperature 1", ROWS,
-        "Branch(t.tokens[start:], t.mask[start:], t.logprobs[start:], advantage, temperature, is_expert=False)",
-        "Branch(t.tokens[start:], t.mask[start:], t.logprobs[start:], advantage, 1.0, is_expert=False)",
+        "an adaptive μ beyond 1", CHORD,
+        "return min(1.0, max(0.0, target - mean_reward))",
+        "return max(0.0, target - mean_reward)",
     ),
     Pitfall(
-        "expert rows at the rollouts' temperature", "learner/step_rows.py",
-        "        return StepRows(composition, groups, rows,",
-        "        from dataclasses import replace\n"
-        "        warm = lambda row: replace(\n"
-        "            row, branches=tuple(replace(b, temperature=temperature) for b in row.branches))\n"
-        "        rows = [warm(row) for row in rows]\n"
-        "        return StepRows(composition, groups, rows,",
+        "effective μ without μ", CHORD,
+        "expert, policy = mu * expert_norm, (1 - mu) * policy_norm",
+        "expert, policy = expert_norm, policy_norm",
+    ),
+    # Temperature.
+    Pitfall(
+        "top-p is accepted in training", SCHEMA,
+        'for key, plain in (("top_p", 1.0), ("top_k", 0)):',
+        'for key, plain in (("top_k", 0),):',
+    ),
+    Pitfall(
+        "policy log-probs at temperature 1", ROWS,
+        "t.logprobs[start:], advantage, temperature,\n            is_expert=False,",
+        "t.logprobs[start:], advantage, 1.0,\n            is_expert=False,",
+    ),
+    Pitfall(
+        "expert rows at the rollouts' temperature", STEP_ROWS,
+        "        mu = mu_of(self._config, composition.step,",
+        "        from dataclasses import replace as put\n"
+        "        warm, mends = self._config.sampling.temperature, lambda b: put(b, temperature=warm)\n"
+        "        rows = [put(row, branches=tuple(map(mends, row.branches))) for row in rows]\n"
+        "        mu = mu_of(self._config, composition.step,",
     ),
     Pitfall(
         "behaviour log-probs are raw, not processed", "actors/engines/transformers.py",
@@ -242,8 +266,9 @@ PITFALLS = (
     ),
     Pitfall(
         "an idle rank does not run backward", STEP,
-        "return loss + 0.0 * logprobs.sum(), metrics",
-        "return (loss if batch.mask.any() else loss.detach()), metrics",
+        "self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * self._ranks.count)",
+        "batch.mask.any() and self._engine.backward(loss * self._ranks.count)",
+        needs_two_ranks=True,
     ),
     Pitfall(
         "the mask comes after exp, behaviour log-probs", POLICY,
@@ -295,7 +320,7 @@ PITFALLS = (
     ),
     Pitfall(
         "an uncorrected asynchronous run is accepted", SCHEMA,
-        'if self.correction == "none" and self.max_staleness > 0:',
+        'if self.correction == "none" and self.max_staleness > 0 and not self.allow_uncorrected:',
         "if False:",
     ),
     Pitfall(
