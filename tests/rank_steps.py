@@ -1,28 +1,92 @@
-"""Run by torchrun in tests: the same optimizer steps on two ranks; rank 0 saves the weights and the report.
+"""Run by tests as each of two ranks: the gradients of many steps, dealt out in many ways; rank 0 saves them.
 
-rank_steps.py MODEL OUTPUT ZERO_STAGE NUM_EXPERTS
+rank_steps.py MODEL OUTPUT_FOLDER RANK
 """
 
 import json
+import os
 import sys
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
+import torch.distributed as dist
 from safetensors.torch import save_file
 
+from learner.objective.importance import Correction
 from learner.ranks import Ranks
-from tests.steps import CPU, make_engine, some_rows, take_steps, weights_of
+from learner.rows import Row, deal
+from learner.train_engine import Objective
+from tests.judge import Judge
+from tests.steps import CPU, Cut, make_gauge, measure, random_rows
+
+STAGES = (0, 1, 2)
+MU = 0.3
+CUT = Cut(budget=64)
 
 
-def main() -> None:
-    model, output, zero_stage, num_experts = sys.argv[1:]
-    ranks = Ranks(CPU)
-    engine = make_engine(Path(model), ranks, zero_stage=int(zero_stage))
-    report = take_steps(engine, ranks, some_rows(num_experts=int(num_experts)), budget=64)
-    weights = weights_of(engine)
-    if ranks.is_first:
-        save_file(weights, output)
-        Path(output).with_suffix(".json").write_text(json.dumps(report.metrics))
+@dataclass(frozen=True)
+class Case:
+    """Which of a step's rows each of two ranks gets: p for policy rows, e for expert rows, x for both, dealt evenly."""
+
+    name: str
+    shares: tuple[str, str]
+
+    @property
+    def has_experts(self) -> bool:
+        return any("e" in share or "x" in share for share in self.shares)
+
+    @property
+    def mu(self) -> float:
+        return MU if self.has_experts else 0.0
+
+
+CASES = (
+    Case("both ranks have both", ("x", "x")),
+    Case("rank 1 has no policy row", ("p", "e")),
+    Case("rank 0 has no policy row", ("e", "p")),
+    Case("rank 1 has no row at all", ("pe", "")),
+    Case("rank 0 has no row at all", ("", "pe")),
+    Case("nobody has an expert row", ("p", "")),
+)
+
+
+def rows_of_case(judge: Judge, case: Case) -> list[Row]:
+    """The same ones in every process."""
+    rows = random_rows(
+        judge, seed=11, num_groups=3, num_experts=4, spread=0.3, temperature=0.7
+    )  # fmt: skip
+    return [row for row in rows if case.has_experts or not row.branches[0].is_expert]
+
+
+def share_of(rows: list[Row], case: Case, rank: int) -> list[Row]:
+    policy = [row for row in rows if not row.branches[0].is_expert]
+    experts = [row for row in rows if row.branches[0].is_expert]
+    kinds = {"p": policy, "e": experts, "x": deal(rows, 2)[rank]}
+    return [row for kind in case.shares[rank] for row in kinds[kind]]
+
+
+def report_name(stage: int, case: Case) -> str:
+    return f"{stage}-{CASES.index(case)}"
+
+
+def main(model: Path, output: Path, rank: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    meeting = f"file://{output / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    ranks, judge = Ranks(CPU), Judge(model)
+    for stage in STAGES:
+        gauge = make_gauge(model, ranks, zero_stage=stage)
+        for case in CASES:
+            batches = CUT.batches(share_of(rows_of_case(judge, case), case, rank))
+            gradient, report = measure(
+                gauge, batches, objective=Objective(Correction(), "phi"), mu=case.mu, measures_halves=True
+            )
+            if ranks.is_first:
+                save_file(gradient, output / f"{report_name(stage, case)}.safetensors")
+                (output / f"{report_name(stage, case)}.json").write_text(json.dumps(report.metrics))
     ranks.close()
 
 
-main()
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -32,6 +32,32 @@ def mu(step: int, peak: float, valley: float, warmup: int, decay: int) -> float:
     return valley + (peak - valley) * (1 + math.cos(math.pi * (step - warmup) / decay)) / 2
 
 
+def adaptive_mu(mean_reward: float, target: float) -> float:
+    mu = target - mean_reward
+    return 0.0 if mu < 0 else 1.0 if mu > 1 else mu
+
+
+def effective_mu(mu: float, policy_norm: float, expert_norm: float) -> float:
+    """The expert half's share of the two gradients' lengths."""
+    total = mu * expert_norm + (1 - mu) * policy_norm
+    return 0.0 if total == 0 else mu * expert_norm / total
+
+
+def soft_overlong_penalty(length: int, max_tokens: int, buffer_tokens: int) -> float:
+    """DAPO, arXiv 2503.14476, equation 13."""
+    if length <= max_tokens - buffer_tokens:
+        return 0.0
+    if length <= max_tokens:
+        return ((max_tokens - buffer_tokens) - length) / buffer_tokens
+    return -1.0
+
+
+def loss_weights(mask: Array, aggregation: str) -> Array:
+    """What each token of a sequence counts for; their sum over a step is the denominator of its half."""
+    num_tokens = sum(m > 0 for m in mask)
+    return np.array([m / num_tokens if aggregation == "sequence_mean" else m for m in mask])
+
+
 def advantages(rewards: Array, scale: str, eps: float) -> Array:
     K = len(rewards)
     mean = sum(rewards) / K

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, tensor
 
 from learner.objective.advantages import group_advantages
-from learner.objective.chord import chord_loss, expert_loss, mu_at
+from learner.objective.chord import adaptive_mu, chord_loss, effective_mu, expert_loss, mu_at
 from learner.objective.importance import Correction, Kind
 from learner.objective.policy import policy_loss
+from learner.objective.rewards import soft_overlong_penalty
+from learner.rows import Aggregation, loss_weights
 from tests import reference
 from tests.reference import Array, Outcome
 
@@ -583,3 +585,75 @@ def test_rewards_that_are_no_group_are_refused(rewards: Any):
 def test_an_unknown_scale_is_refused():
     with pytest.raises(ValueError, match=r"^scale: got 'range', expected"):
         group_advantages(tensor([0.0, 1.0]), scale="range")  # pyright: ignore[reportArgumentType]
+
+
+@quick
+@given(mean_reward=st.floats(-2, 2), target=st.floats(0, 2))
+def test_an_adaptive_mu_agrees_with_the_reference(mean_reward: float, target: float):
+    mu = adaptive_mu(mean_reward, target=target)
+    assert mu == reference.adaptive_mu(mean_reward, target)
+    assert 0 <= mu <= 1
+
+
+def test_an_adaptive_mu_gives_the_numbers_computed_by_hand():
+    mus = [adaptive_mu(mean_reward, target=0.5) for mean_reward in (-1.0, -0.5, 0.0, 0.25, 0.5, 1.0)]
+    assert mus == [1.0, 1.0, 0.5, 0.25, 0.0, 0.0]
+
+
+@quick
+@given(mu=st.floats(0, 1), policy_norm=st.floats(0, 1e3), expert_norm=st.floats(0, 1e3))
+def test_effective_mu_agrees_with_the_reference(mu: float, policy_norm: float, expert_norm: float):
+    effective = effective_mu(mu, policy_norm=policy_norm, expert_norm=expert_norm)
+    assert effective == pytest.approx(reference.effective_mu(mu, policy_norm, expert_norm), abs=1e-12)
+    assert 0 <= effective <= 1
+
+
+def test_effective_mu_gives_the_numbers_computed_by_hand():
+    assert effective_mu(0.25, policy_norm=1.0, expert_norm=3.0) == 0.5
+    assert effective_mu(0.3, policy_norm=0.0, expert_norm=2.0) == 1.0
+    assert effective_mu(0.3, policy_norm=2.0, expert_norm=0.0) == 0.0
+    assert effective_mu(0.3, policy_norm=0.0, expert_norm=0.0) == 0.0
+
+
+@quick
+@given(data=st.data(), max_tokens=st.integers(1, 2000))
+def test_the_soft_overlong_penalty_agrees_with_the_reference(data: st.DataObject, max_tokens: int):
+    buffer_tokens = data.draw(st.integers(1, max_tokens))
+    lengths = data.draw(st.lists(st.integers(1, max_tokens + 50), min_size=2, max_size=8))
+    penalty = soft_overlong_penalty(tensor(lengths), max_tokens=max_tokens, buffer_tokens=buffer_tokens)
+    expected = [reference.soft_overlong_penalty(length, max_tokens, buffer_tokens) for length in lengths]
+    np.testing.assert_allclose(penalty.numpy(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_soft_overlong_penalty_gives_the_numbers_computed_by_hand():
+    penalty = soft_overlong_penalty(tensor([1, 80, 81, 90, 99, 100, 101]), max_tokens=100, buffer_tokens=20)
+    torch.testing.assert_close(penalty, tensor([0, 0, -0.05, -0.5, -0.95, -1, -1]))
+
+
+@quick
+@given(mask=st.lists(st.booleans(), min_size=1, max_size=40).filter(any))
+def test_loss_weights_agree_with_the_reference_and_a_sequence_mean_weighs_sequences_alike(mask: list[bool]):
+    ones = np.array(mask, dtype=np.float32)
+    aggregations: tuple[Aggregation, ...] = get_args(Aggregation)
+    for aggregation in aggregations:
+        weights = loss_weights(ones, aggregation)
+        assert weights.dtype == np.float32
+        np.testing.assert_allclose(weights, reference.loss_weights(ones.astype(np.float64), aggregation), rtol=1e-6)
+    assert loss_weights(ones, "sequence_mean").sum() == pytest.approx(1.0, rel=1e-5)
+
+
+@every_weighting
+@quick
+@given(x=rows())
+def test_a_sequence_mean_is_the_mean_over_sequences_of_their_own_means(weighting: Weighting, x: Rows):
+    kept = [i for i in range(len(x.mask)) if (x.mask[i] > 0).any()]
+    if not kept:
+        return
+    masks = [(x.mask[i] > 0).astype(np.float32) for i in kept]
+    weights = np.stack([loss_weights(mask, "sequence_mean") for mask in masks])
+    alone = [
+        expert(replace(take(x, np.array([i])), mask=m[None], num_tokens=m.sum()), weighting).loss
+        for i, m in zip(kept, masks, strict=True)
+    ]
+    both = expert(replace(take(x, np.array(kept)), mask=weights, num_tokens=float(weights.sum())), weighting)
+    assert both.loss == pytest.approx(sum(alone) / len(alone), rel=1e-5, abs=1e-7)

@@ -1,15 +1,10 @@
 """One optimizer step: log-probs are the model's own, and the gradient is the same however the step is cut up."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from learner.batch import TrainBatch, build_batch
@@ -168,26 +163,6 @@ def test_zero_stages_and_splits_give_the_same_weights(model_path: Path, ranks: R
             expected = (weights, report.metrics)
         assert_close(weights, expected[0], tolerance=1e-5)
         assert report.metrics == pytest.approx(expected[1], abs=1e-4)
-
-
-@pytest.mark.parametrize(("zero_stage", "num_experts"), [(0, 4), (2, 4), (2, 0)])
-def test_two_ranks_give_the_weights_of_one(
-    model_path: Path, ranks: Ranks, tmp_path: Path, zero_stage: int, num_experts: int
-) -> None:
-    """With no expert row at all, and shares that leave ranks with different numbers of micro-batches."""
-    engine = make_engine(model_path, ranks)
-    report = take_steps(engine, ranks, some_rows(num_experts=num_experts), budget=64)
-    output = tmp_path / "weights.safetensors"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "tests.rank_steps", str(model_path), str(output), str(zero_stage), str(num_experts),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_close(load_file(output), weights_of(engine), tolerance=1e-5)
-    metrics = json.loads(output.with_suffix(".json").read_text())
-    assert metrics == pytest.approx(report.metrics, abs=1e-4)
 
 
 def test_a_rank_without_rows_takes_part_in_the_step(model_path: Path, ranks: Ranks) -> None:

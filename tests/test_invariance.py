@@ -1,0 +1,299 @@
+"""The gradient of one optimizer step is the paper's, however the step is cut, packed, padded, ordered or dealt out."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from learner.batch import TrainBatch, build_batch
+from learner.objective.chord import expert_loss
+from learner.objective.importance import Correction, Kind
+from learner.policy_model import load_policy_model
+from learner.ranks import Ranks
+from learner.rows import Branch, Row
+from learner.train_engine import Objective, TrainEngine
+from tests import reference
+from tests.judge import Judge, Verdict
+from tests.rank_steps import CASES, STAGES, Case, report_name, rows_of_case
+from tests.steps import CPU, LR, VOCABULARY, Cut, Weights, make_engine, make_gauge, measure, random_rows, weights_of
+from tests.tiny_model import make_tiny_model
+
+TOLERANCE = 3e-5
+"""Of the largest entry of the gradient: the judge counts in float64, the engine in float32."""
+
+MEASURED = {"grad_norm", "policy_grad_norm", "expert_grad_norm", "mu_effective"}
+"""Metrics that are no sums over tokens."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def judge(model_path: Path) -> Judge:
+    return Judge(model_path)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Ranks:
+    return Ranks(CPU)
+
+
+@pytest.fixture(scope="module")
+def gauges(model_path: Path, ranks: Ranks) -> dict[int, TrainEngine]:
+    """By ZeRO stage."""
+    return {stage: make_gauge(model_path, ranks, zero_stage=stage) for stage in STAGES}
+
+
+def quick(max_examples: int) -> Any:
+    return settings(max_examples=max_examples, deadline=None, database=None, derandomize=True)
+
+
+cuts = st.builds(
+    Cut,
+    budget=st.sampled_from([1, 25, 40, 64, 100, 4096]),
+    shares_prompts=st.booleans(),
+    order_seed=st.none() | st.integers(0, 99),
+    padding_token=st.integers(0, VOCABULARY - 1),
+    num_empty=st.integers(0, 2),
+)
+
+
+def corrections(kind: Kind) -> st.SearchStrategy[Correction]:
+    return st.builds(
+        Correction,
+        kind=st.just(kind),
+        clip_low=st.sampled_from([0.1, 0.2]),
+        clip_high=st.sampled_from([0.15, 0.28]),
+        cap=st.sampled_from([1.3, 2.0]),
+        band=st.sampled_from([(0.8, 1.25), (0.5, 5.0)]),
+    )
+
+
+@st.composite
+def steps(draw: st.DrawFn, judge: Judge) -> list[Row]:
+    num_groups = draw(st.integers(0, 2))
+    return random_rows(
+        judge,
+        seed=draw(st.integers(0, 2**32)),
+        num_groups=num_groups,
+        num_experts=draw(st.integers(0 if num_groups else 1, 3)),
+        spread=draw(st.sampled_from([0.0, 0.3, 2.0])),
+        temperature=draw(st.sampled_from([0.7, 1.0, 1.6])),
+        weights=draw(st.sampled_from(get_args(Weights))),
+    )
+
+
+def assert_judged(gradient: dict[str, Tensor], metrics: dict[str, float], verdict: Verdict) -> None:
+    assert gradient.keys() == verdict.gradient.keys()
+    scale = max(float(entry.abs().max()) for entry in verdict.gradient.values())
+    for name, expected in verdict.gradient.items():
+        worst = float((gradient[name].double() - expected).abs().max())
+        assert worst <= TOLERANCE * scale + 1e-9, f"{name}: off by {worst} at scale {scale}"
+    assert metrics["grad_norm"] == pytest.approx(norm_of(verdict), rel=1e-4, abs=1e-7)
+    known = {name: value for name, value in verdict.metrics.items() if name in metrics}
+    assert {"loss", "policy_entropy", "policy_ratio_sq_mean", "expert_nll_mean"} & known.keys()
+    assert {name: metrics[name] for name in known} == pytest.approx(known, rel=1e-3, abs=1e-5)
+    assert all(value == 0 for name, value in metrics.items() if name not in {*known, *MEASURED}), metrics
+
+
+def mu_within(rows: list[Row], mu: float) -> float:
+    """`mu` where both halves have rows; else the one that asks for nothing that is not there."""
+    kinds = {row.branches[0].is_expert for row in rows}
+    return mu if len(kinds) == 2 else float(kinds == {True})
+
+
+def norm_of(verdict: Verdict) -> float:
+    return math.sqrt(sum(float(entry.square().sum()) for entry in verdict.gradient.values()))
+
+
+def assert_halves(metrics: dict[str, float], judge: Judge, rows: list[Row], mu: float) -> None:
+    policy, expert = (
+        norm_of(judge.step(rows, correction=Correction(), weighting="phi", mu=alone)) for alone in (0.0, 1.0)
+    )
+    assert metrics["policy_grad_norm"] == pytest.approx(policy, rel=1e-4, abs=1e-7)
+    assert metrics["expert_grad_norm"] == pytest.approx(expert, rel=1e-4, abs=1e-7)
+    assert metrics["mu_effective"] == pytest.approx(reference.effective_mu(mu, policy, expert), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@quick(12)
+@given(data=st.data(), cut=cuts, mu=st.sampled_from([0.0, 0.3, 1.0]), weighting=st.sampled_from(["phi", "is", "none"]))
+def test_the_gradient_of_a_step_is_the_judges_however_it_is_cut(
+    kind: Kind, judge: Judge, gauges: dict[int, TrainEngine], data: st.DataObject, cut: Cut, mu: float, weighting: Any
+) -> None:
+    rows, correction = data.draw(steps(judge)), data.draw(corrections(kind))
+    mu = mu_within(rows, mu)
+    gradient, report = measure(gauges[0], cut.batches(rows), objective=Objective(correction, weighting), mu=mu)
+    verdict = judge.step(rows, correction=correction, weighting=weighting, mu=mu)
+    assert_judged(gradient, report.metrics, verdict)
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage > 0])
+@quick(4)
+@given(data=st.data(), cut=cuts)
+def test_the_gradient_of_a_step_is_the_judges_in_every_zero_stage(
+    stage: int, judge: Judge, gauges: dict[int, TrainEngine], data: st.DataObject, cut: Cut
+) -> None:
+    rows, correction = data.draw(steps(judge)), Correction()
+    mu = mu_within(rows, 0.3)
+    gradient, report = measure(gauges[stage], cut.batches(rows), objective=Objective(correction, "phi"), mu=mu)
+    assert_judged(gradient, report.metrics, judge.step(rows, correction=correction, weighting="phi", mu=mu))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@quick(3)
+@given(data=st.data(), cut=cuts, mu=st.sampled_from([0.0, 0.3, 1.0]))
+def test_measuring_the_halves_gives_the_judges_norms_and_leaves_the_gradient_alone(
+    stage: int, judge: Judge, gauges: dict[int, TrainEngine], data: st.DataObject, cut: Cut, mu: float
+) -> None:
+    rows, objective = data.draw(steps(judge)), Objective(Correction(), "phi")
+    mu = mu_within(rows, mu)
+    gradient, report = measure(gauges[stage], cut.batches(rows), objective=objective, mu=mu, measures_halves=True)
+    assert_judged(gradient, report.metrics, judge.step(rows, correction=Correction(), weighting="phi", mu=mu))
+    assert_halves(report.metrics, judge, rows, mu)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks measured: one pair of processes for all stages and cases."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.rank_steps", str(model_path), str(folder)]
+    processes = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, said.decode()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_have_the_gradient_of_the_judge_whoever_holds_what(
+    stage: int, case: Case, judge: Judge, two_ranks: Path
+) -> None:
+    name = report_name(stage, case)
+    gradient, metrics = (
+        load_file(two_ranks / f"{name}.safetensors"),
+        json.loads((two_ranks / f"{name}.json").read_text()),
+    )
+    verdict = judge.step(rows_of_case(judge, case), correction=Correction(), weighting="phi", mu=case.mu)
+    assert_judged(gradient, metrics, verdict)
+    assert_halves(metrics, judge, rows_of_case(judge, case), case.mu)
+
+
+def halves(judge: Judge) -> tuple[list[Row], list[Row]]:
+    """Policy rows and expert rows of one step."""
+    rows = random_rows(judge, seed=5, num_groups=2, num_experts=3, spread=0.3, temperature=0.7)
+    return rows[:2], rows[2:]
+
+
+def weights_after(model_path: Path, ranks: Ranks, batches: Sequence[TrainBatch], *, mu: float) -> dict[str, Tensor]:
+    """The parameters after three AdamW steps."""
+    engine = make_engine(model_path, ranks)
+    for _ in range(3):
+        engine.step(batches, mu=mu, lr=LR)
+    return weights_of(engine)
+
+
+def assert_same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("mu", [0.0, 1.0])
+def test_mu_of_zero_is_grpo_and_mu_of_one_is_sft_to_the_bit(
+    mu: float, model_path: Path, judge: Judge, ranks: Ranks
+) -> None:
+    """Rows of the other half change no bit, before, between and after those that count, in micro-batches of their own.
+
+    Packed into the same micro-batch they change its shape, and with it the order in which a matrix product adds up.
+    """
+    kept, dropped = halves(judge)[:: 1 if mu == 0 else -1]
+    batches, others = Cut(budget=25).batches(kept), Cut(budget=25).batches(dropped)
+    assert len(batches) > 1
+    alone = weights_after(model_path, ranks, batches, mu=mu)
+    assert_same_bits(weights_after(model_path, ranks, [*others[:1], *batches, *others[1:]], mu=mu), alone)
+    assert_same_bits(weights_after(model_path, ranks, [batches[0], *others, *batches[1:]], mu=mu), alone)
+
+
+@pytest.mark.parametrize("mu", [0.0, 1.0])
+def test_what_the_other_half_says_changes_no_bit_even_in_the_same_micro_batch(
+    mu: float, model_path: Path, judge: Judge, ranks: Ranks
+) -> None:
+    kept, dropped = halves(judge)[:: 1 if mu == 0 else -1]
+    otherwise = [replace(row, branches=tuple(with_other_tokens(branch) for branch in row.branches)) for row in dropped]
+    weights, changed = (
+        weights_after(model_path, ranks, [build_batch([*kept, *others])], mu=mu) for others in (dropped, otherwise)
+    )
+    assert_same_bits(changed, weights)
+
+
+def with_other_tokens(branch: Branch) -> Branch:
+    return replace(branch, tokens=(branch.tokens + 1) % VOCABULARY, advantage=branch.advantage * -2)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.2356, 0.5, 0.95])
+def test_the_pull_of_phi_on_a_logit_is_the_finite_difference_with_phi_frozen(p: float) -> None:
+    logit, h = math.log(p / (1 - p)), 1e-6
+
+    def log_p(z: float) -> float:
+        return -math.log1p(math.exp(-z))
+
+    logits = torch.tensor([[logit, 0.0]], dtype=torch.float64).requires_grad_()
+    chosen = logits.log_softmax(-1)[:, :1]
+    loss, _ = expert_loss(chosen, torch.ones_like(chosen), weighting="phi", num_tokens=1)
+    (grad,) = torch.autograd.grad(loss, logits)
+    difference = -p * (1 - p) * (log_p(logit + h) - log_p(logit - h)) / (2 * h)
+    assert grad[0, 0].item() == pytest.approx(difference, rel=1e-6)
+    assert grad[0, 0].item() == pytest.approx(-p * (1 - p) ** 2, rel=1e-9)
+
+
+def test_a_micro_batch_of_nothing_but_nan_where_there_is_no_loss_leaves_a_finite_gradient(
+    judge: Judge, gauges: dict[int, TrainEngine]
+) -> None:
+    policy, experts = halves(judge)
+    for rows, mu in ((policy, 0.0), (experts, 1.0)):
+        silent = [
+            replace(row, branches=tuple(
+                replace(b, mask=np.zeros_like(b.mask), behavior_logprobs=np.full_like(b.mask, np.nan),
+                        advantage=math.nan) for b in row.branches
+            )) for row in rows
+        ]  # fmt: skip
+        gradient, report = measure(
+            gauges[0], [build_batch(silent), build_batch(rows)], objective=Objective(Correction(), "phi"), mu=mu
+        )
+        assert_judged(gradient, report.metrics, judge.step(rows, correction=Correction(), weighting="phi", mu=mu))
+
+
+def test_log_probs_are_taken_in_float32_whatever_precision_the_parameters_have(model_path: Path) -> None:
+    """bfloat16 would make of every p below e^-5.5 one of a few values, and of small ones 0."""
+    model = load_policy_model(model_path, dtype=torch.bfloat16, head_chunk_tokens=16)
+    tokens = np.arange(40, dtype=np.int32)
+    branch = Branch(tokens, np.ones(40, np.float32), np.full(40, np.nan, np.float32), math.nan, 1.0, is_expert=True)
+    logprobs, _ = model(build_batch([Row(tokens[:5], (branch,))]))
+    assert logprobs.dtype == torch.float32
+    assert (logprobs != logprobs.bfloat16().float()).sum() > 30
