@@ -45,7 +45,7 @@ def test_a_recipe_of_the_paper_resolves_with_every_preset(name: str, preset: str
 
 
 @pytest.mark.parametrize("name", [MATHS, TOOLS])
-@pytest.mark.parametrize("module", ["learner", "actors", "actors.evaluator", "learner.expert list"])
+@pytest.mark.parametrize("module", ["learner", "actors", "actors.evaluator", "learner.expert list", "common.local"])
 def test_every_command_checks_a_recipe_of_the_paper(name: str, module: str) -> None:
     command = [sys.executable, "-m", *module.split(), "--config", f"deploy/recipes/{name}.toml", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -151,11 +151,3 @@ def test_the_check_of_an_import_reads_nothing_but_the_recipe(name: str, dataset:
     done = run_elsewhere(tmp_path, "learner.expert", "import", dataset, "--config", path_of(name))
     assert (done.returncode, done.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", [MATHS, TOOLS])
-def test_chord_local_misses_nothing_but_the_model(name: str, tmp_path: Path) -> None:
-    done = run_elsewhere(tmp_path, "common.local", "--config", path_of(name))
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"chord-local: model.path: got '{recipe(name).model.path}', expected")
-    assert done.stderr.count("\n") == 1
