@@ -12,6 +12,7 @@ from common.config.load import resolve_config
 from common.errors import ConfigError
 from common.trajectory import NOT_SAMPLED, Trajectory, TrajectoryGroup
 from learner.ledger.ledger import DropReason, Ledger, Sample
+from learner.metrics import GAUGES
 from learner.objective.advantages import group_advantages
 from learner.schedule import lr_of, mu_of
 from learner.shaping import Shaping
@@ -29,6 +30,18 @@ MU = {
 }
 
 
+REPORTED = {
+    "policy_loss", "expert_loss", "mu", "mu_effective", "expert_phi_mean", "expert_p_lt_01_frac", "expert_p_gt_09_frac",
+    "policy_ess_frac", "policy_masked_frac", "policy_clip_frac", "policy_mismatch_kl", "policy_entropy", "grad_norm",
+    "staleness_histogram", "sampled_answer_tokens_mean", "trained_answer_tokens_mean",
+}  # fmt: skip
+"""What the paper's readers want to see of each step; Prometheus has it too."""
+
+
+def test_prometheus_has_whatever_is_reported_of_a_step() -> None:
+    assert REPORTED - {"staleness_histogram"} <= GAUGES.keys()  # that one is a histogram there
+
+
 @pytest.mark.parametrize("preset", MU)
 def test_every_preset_runs_to_its_end_from_one_word(preset: str, tiny_model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_model, actor={"engine": "simulated"}, eval={"every_steps": 0})
@@ -40,6 +53,7 @@ def test_every_preset_runs_to_its_end_from_one_word(preset: str, tiny_model: Pat
     assert [line["num_policy_tokens"] > 0 for line in lines] == [mu < 1 for mu in MU[preset]]
     assert [line["num_expert_tokens"] > 0 for line in lines] == [mu > 0 for mu in MU[preset]]
     assert lines[0]["mu_effective"] == pytest.approx({"sft": 1, "dft": 1, "sft_then_rl": 1}.get(preset, 0.5), abs=0.5)
+    assert [name for name in (*REPORTED, *GAUGES) if name not in lines[0]] == []
     report = audit(run.folder)
     assert (report["violations"], report["lost"], report["duplicates"]) == ([], 0, 0)
     assert (run.folder / "final" / "model.safetensors").exists()
