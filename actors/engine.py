@@ -25,13 +25,17 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParameters:
-    """How one answer is sampled. No top-p and no top-k: the learner could not match such behaviour log-probs."""
+    """How one answer is sampled. Filters are for evaluation: a lease has none, as the learner could not match them."""
 
     temperature: float
     """0 is greedy (evaluation only)."""
     max_tokens: int
     seed: int | None = None
     """Makes the answer repeatable where the engine can (transformers, simulated)."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that make up this share of probability; 1 is all of them."""
+    top_k: int = 0
+    """Sample from so many likeliest tokens, before top_p is applied; 0 is all of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +45,7 @@ class Answer:
     tokens: NDArray[np.int32]
     """[T]"""
     logprobs: NDArray[np.float32]
-    """[T] log-prob of each token under the distribution it was drawn from (temperature applied)."""
+    """[T] log-prob of each token under the distribution it was drawn from (temperature and filters applied)."""
     versions: NDArray[np.int32]
     """[T] policy version (optimizer step) that produced each token; never falls within one answer."""
     finish: FinishReason

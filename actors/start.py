@@ -47,9 +47,16 @@ class Parts:
     chat: Chat
 
 
-def make_parts(config: Config, kind: EngineKind, registry: CollectorRegistry) -> Parts:
-    """Everything but the network; the engine is not started yet. Raises ConfigError on a wrong environment."""
-    environment = make_environment(config.environment.name, seed=config.run.seed, options=config.environment.options)
+def make_parts(
+    config: Config, kind: EngineKind, registry: CollectorRegistry, environment: Environment | None = None
+) -> Parts:
+    """Everything but the network; the engine is not started yet. Raises ConfigError on a wrong environment.
+
+    The environment is the configured one where none is given.
+    """
+    environment = environment or make_environment(
+        config.environment.name, seed=config.run.seed, options=config.environment.options
+    )
     model_path = Path(config.model.path)
     chat = Chat(model_path)
     engine = make_engine(

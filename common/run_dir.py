@@ -63,6 +63,10 @@ class RunDir:
     def logs(self) -> Path:
         return self.path / "logs"
 
+    def samples(self, step: int) -> Path:
+        """The answers that version `step` was scored by, where eval.save_samples keeps them."""
+        return self.path / "samples" / f"step-{step:08d}.jsonl"
+
     def weights(self, component: str) -> Path:
         """Snapshots of one component; none outlives its process for long."""
         return self.path / "weights" / component

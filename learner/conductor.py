@@ -14,6 +14,7 @@ from common.config.schema import Config
 from common.weights.snapshot import Snapshot
 from learner.checkpoints import Checkpoints
 from learner.final import export_policy
+from learner.handover import kept_policy, require_kept_policy
 from learner.host import Host
 from learner.ranks import Ranks
 from learner.recorder import describe_bias, describe_groups
@@ -61,8 +62,9 @@ class Conductor:
         last = self._config.learner.num_steps
         while step < last and self._take_step(step):
             step += 1
-            snapshot = self._publish(step)
-            if step % self._config.learner.checkpoint_every_steps == 0:
+            is_handover = step == self._config.sft_steps and step < last
+            snapshot = self._hand_over(step) if is_handover else self._publish(step)
+            if is_handover or step % self._config.learner.checkpoint_every_steps == 0:
                 self._checkpoint(step)
                 saved = step
         if saved < step:
@@ -116,15 +118,31 @@ class Conductor:
         except Stopped:
             return None
 
-    def _publish(self, step: int) -> Snapshot | None:
-        """Make version `step` of the policy."""
+    def _hand_over(self, step: int) -> Snapshot | None:
+        """Supervised fine-tuning is over: its last policy, or its best, goes on as version `step`."""
+        snapshot, chosen = None, -1
+        if self._host:
+            self._host.inbox.grants_leases = False  # the last policy of this phase may not be the one that goes on
+            chosen = self._host.handover.choice.chosen if self._host.handover.choice else -1
+        is_new = self._ranks.share_number(chosen) < 0
+        if is_new:
+            snapshot = self._publish(step)
+        if self._host:
+            chosen = self._host.choose_policy(snapshot) if snapshot else chosen
+            require_kept_policy(self._config, chosen, self._host.ledger.history.version_hashes())
+        chosen = int(self._ranks.share_number(chosen))
+        self._trainer.begin_anew(kept_policy(self._config, chosen))
+        return snapshot if is_new and chosen == step else self._publish(step, replaces=True)
+
+    def _publish(self, step: int, *, replaces: bool = False) -> Snapshot | None:
+        """Make version `step` of the policy; `replaces`: it may have been another policy before."""
         started = time.monotonic()
         tensors = self._trainer.published_tensors()
         if not self._host:
             return None
         self._host.step = step
         is_replay = step < self._config.learner.num_steps and self._host.ledger.history.batch(step) is not None
-        snapshot = self._host.publisher.publish(tensors, step, is_announced=not is_replay)
+        snapshot = self._host.publisher.publish(tensors, step, is_announced=not is_replay, replaces=replaces)
         self._publish_s = time.monotonic() - started
         return snapshot
 
@@ -149,6 +167,7 @@ class Conductor:
             if step == num_steps and snapshot:
                 self._host.phase = "exporting"
                 export_policy(snapshot, base=Path(self._config.model.path), destination=self._host.run_dir.final)
+                self._host.open_for_work()
                 self._host.phase = "evaluating"
                 self._host.wait_for_evaluations()
         except Stopped:

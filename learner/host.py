@@ -18,10 +18,12 @@ from common.run_dir import RunDir
 from common.trajectory import TrajectoryGroup
 from common.watchdog import Watchdog
 from common.weights.server import WeightServer
+from common.weights.snapshot import Snapshot
 from common.wire.connections import MAX_NEWCOMERS, Bounds
 from common.wire.listener import Listener
 from common.wire.sockets import SocketLimits, reserve_descriptors
 from learner.expert.store import ExpertStore
+from learner.handover import Handover
 from learner.inbox import Door, Inbox, LeaseTerms
 from learner.ledger.ledger import DropReason, Ledger
 from learner.metrics import GuardCollector, RunCollector
@@ -138,14 +140,16 @@ class Host:
             watch=self.watchdog.watch("the learner's weight server", limit_s=config.run.watchdog_s),
             guard_watch=lambda purpose: self.watchdog.watch(f"the guard of {purpose}", limit_s=config.run.watchdog_s),
         )
+        self.handover = Handover(config, self.ledger)
         self.publisher = Publisher(
             self.run_dir.weights("learner"),
             self.server,
             self.ledger,
             self.recorder,
             every_steps=config.eval.every_steps,
-            last_step=config.learner.num_steps,
+            last_steps={config.sft_steps, config.learner.num_steps},
             chunk_bytes=network.chunk_bytes,
+            keep=self.handover.keep,
         )
         door = Door(
             config.agreement_hash,
@@ -214,7 +218,6 @@ class Host:
 
     def wait_for_evaluations(self) -> None:
         """Wait until no evaluation is owed, within the configured limit."""
-        self.open_for_work()
         started = time.monotonic()
         if owed := self.publisher.owed_steps:
             log.info("waiting for evaluations of versions %s", owed)
@@ -232,6 +235,13 @@ class Host:
             with self.ledger.changed:
                 self.ledger.changed.wait(timeout=0.2)
         self.source.waiting_for = ""
+
+    def choose_policy(self, last: Snapshot) -> int:
+        """Which policy goes on after supervised fine-tuning, once all evaluations are in."""
+        if self._config.algorithm.sft_ends_with == "best":
+            self.phase = "evaluating"
+            self.wait_for_evaluations()
+        return self.handover.choose(last)
 
     def say_farewell(self) -> None:
         """Tell every peer that the run is over, and wait for them to leave."""

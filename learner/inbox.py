@@ -222,7 +222,7 @@ class Inbox:
                 return self._commit(peer, message, frames)
             case LeaseFailure():
                 return self._fail(peer, message)
-            case EvaluationResult() if peer.role is not Role.EVALUATOR or message.num_correct > message.num_problems:
+            case EvaluationResult() if peer.role is not Role.EVALUATOR or not message.adds_up:
                 raise WireError("got an evaluation that no evaluator makes")
             case EvaluationResult():
                 return Receipt(outcome=self._on_evaluation(message))

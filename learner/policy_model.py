@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -81,8 +82,13 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_policy_model(path: Path, *, dtype: torch.dtype, head_chunk_tokens: int) -> PolicyModel:
-    """The policy of a Hugging Face folder. Raises OperatorError where the folder or the architecture will not do."""
+def load_policy_model(
+    path: Path, *, dtype: torch.dtype, head_chunk_tokens: int, weights: Path | None = None
+) -> PolicyModel:
+    """The policy of a Hugging Face folder, with the weights of a published version in place of the folder's, if given.
+
+    Raises OperatorError where the folder or the architecture will not do.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -94,6 +100,8 @@ def load_policy_model(path: Path, *, dtype: torch.dtype, head_chunk_tokens: int)
         )
     except (OSError, ValueError) as error:
         raise OperatorError(f"model.path: {path}: {str(error).splitlines()[0]}") from error
+    if weights:
+        _take_over(lm, load_file(weights))
     model = PolicyModel(lm, head_chunk_tokens=head_chunk_tokens).train()
     check_architecture(model)
     return model
@@ -120,6 +128,12 @@ def check_architecture(model: PolicyModel) -> None:
                 f"model.path: with shared prompts {type(model.lm).__name__} differs by {difference:.2g} from its own "
                 "log-probs, expected a decoder with plain causal attention and a linear head"
             )
+
+
+@torch.no_grad()
+def _take_over(lm: Any, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in lm.named_parameters():
+        parameter.copy_(tensors[name])
 
 
 def _plain_branch(tokens: list[int]) -> Branch:

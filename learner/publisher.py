@@ -7,7 +7,7 @@ result is in.
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -37,23 +37,28 @@ class Publisher:
         recorder: Recorder,
         *,
         every_steps: int,
-        last_step: int,
+        last_steps: Collection[int],
         chunk_bytes: int,
+        keep: Callable[[Snapshot], None] = lambda _: None,
     ) -> None:
+        """`last_steps` end a phase: their versions are evaluated in any case. `keep` sees each version first."""
         self._folder = folder
         self._server = server
         self._ledger = ledger
         self._recorder = recorder
         self._every_steps = every_steps
-        self._last_step = last_step
+        self._last_steps = last_steps
+        self._keep = keep
         self._chunk_bytes = chunk_bytes
         self._owed: dict[int, Version] = {}
         self._hashes: dict[int, str] = {}
         self._lock = threading.Lock()
         self._take_over()
 
-    def publish(self, tensors: Mapping[str, Tensor], step: int, *, is_announced: bool = True) -> Snapshot:
-        """Write version `step`, announce and offer it.
+    def publish(
+        self, tensors: Mapping[str, Tensor], step: int, *, is_announced: bool = True, replaces: bool = False
+    ) -> Snapshot:
+        """Write version `step`, announce and offer it; `replaces`: in the place of another policy of that step.
 
         A replayed version is not announced: it would take the actors back to what they have left behind. Raises
         OperatorError where the first version of this start, which nothing was computed for, is not the one on record.
@@ -67,8 +72,10 @@ class Publisher:
             step=step,
             chunk_bytes=self._chunk_bytes,
         )
+        self._keep(snapshot)
         is_first, self._hashes[step] = not self._hashes, snapshot.version.hash
-        if (noted := self._ledger.note_version(step, snapshot.version.hash)) != snapshot.version.hash:
+        noted = self._ledger.note_version(step, snapshot.version.hash)
+        if noted != snapshot.version.hash and not replaces:
             if is_first:
                 raise OperatorError(
                     f"{snapshot.version}: expected hash {noted[:8]}, as when it was published: model.path or the "
@@ -138,20 +145,13 @@ class Publisher:
             owed = self._owed.get(result.version.step)
         if owed and owed.hash != result.version.hash:
             return Outcome.REFUSED
-        line = {
-            "step": result.version.step,
-            "task": result.task,
-            "num_problems": result.num_problems,
-            "num_correct": result.num_correct,
-            "accuracy": result.num_correct / result.num_problems,
-            "mean_score": result.mean_score,
-            "mean_answer_tokens": result.mean_answer_tokens,
-            "wall_s": result.wall_s,
-            "version_hash": result.version.hash,
-        }
-        outcome = self._ledger.evaluations.finish(result.version.step, line)
+        lines = [
+            {"step": result.version.step, **score.line(), "version_hash": result.version.hash}
+            for score in result.scores
+        ]
+        outcome = self._ledger.evaluations.finish(result.version.step, lines)
         if outcome is Outcome.COMMITTED:
-            self._recorder.add_evaluation(line)
+            self._recorder.add_evaluation(lines)
         with self._lock:
             version = self._owed.pop(result.version.step, None)
         if version:
@@ -161,7 +161,7 @@ class Publisher:
     def _is_due(self, step: int) -> bool:
         if self._every_steps == 0:
             return False
-        if step in (0, self._last_step):
+        if step in (0, *self._last_steps):
             return True
         if step % self._every_steps:
             return False

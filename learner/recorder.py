@@ -43,6 +43,15 @@ def describe_bias(account: Account, *, last: int) -> dict[str, Any]:
     }
 
 
+def describe_tasks(evaluations: Sequence[Mapping[str, Any]], *, num_steps: int) -> dict[str, dict[str, float | None]]:
+    """By task, in the order of the configuration: accuracy of the first and of the last version, None where missing."""
+    found: dict[str, dict[str, float | None]] = {line["task"]: {"before": None, "after": None} for line in evaluations}
+    for line in evaluations:
+        if line["step"] in (0, num_steps):
+            found[line["task"]]["before" if line["step"] == 0 else "after"] = line["accuracy"]
+    return found
+
+
 class Recorder:
     """Writes what a run leaves to be read."""
 
@@ -69,11 +78,12 @@ class Recorder:
         """
         line = {**record, "time": time.time(), "run_wall_s": self.run_wall_s}
         if self._ledger.finish_batch(line["step"] - 1, json.dumps(line)):
-            _append_line(self._metrics_path, line)
+            _append_lines(self._metrics_path, [line])
             self.prometheus.observe(line)
 
-    def add_evaluation(self, line: Mapping[str, Any]) -> None:
-        _append_line(self._eval_path, line)
+    def add_evaluation(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """One version's scores, a line for each task."""
+        _append_lines(self._eval_path, lines)
 
     @property
     def run_wall_s(self) -> float:
@@ -84,15 +94,17 @@ class Recorder:
         """summary.json, from the ledger and the lines above."""
         account = self._ledger.account
         lines = account.records()
-        evaluations = {line["step"]: line["accuracy"] for line in account.evaluations()}
+        tasks = describe_tasks(account.evaluations(), num_steps=num_steps)
+        first = next(iter(tasks.values()), {"before": None, "after": None})
         num_groups = sum(line["num_groups"] for line in lines)
         counts = account.counts()
         summary = {
             "run_id": self._ledger.run_id,
             "steps": lines[-1]["step"] if lines else 0,
             "num_steps": num_steps,
-            "eval_before": evaluations.get(0),
-            "eval_after": evaluations.get(num_steps),
+            "eval_before": first["before"],
+            "eval_after": first["after"],
+            "eval_tasks": tasks,
             "trajectories_trained": account.num_trained_trajectories(),
             "groups_trained": counts.trained,
             "groups_dropped": account.dropped(),
@@ -120,9 +132,9 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _append_line(path: Path, line: Mapping[str, Any]) -> None:
+def _append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from common.errors import ComponentFailure, OperatorError
 from common.run_dir import RunDir
 from common.weights.snapshot import write_snapshot
 from learner.checkpoints import Checkpoint, Checkpoints
+from learner.handover import CHOICE, Choice, require_kept_policy
 from learner.ledger.database import Database
 from learner.ledger.history import History
 from learner.ranks import Ranks
@@ -34,7 +35,9 @@ class Replay:
         self._config = resolve_config(run_dir.config).config
         if self._config.learner.num_ranks > 1:
             raise OperatorError("--replay: got a run with learner.num_ranks > 1, expected one rank")
-        self._history = History(Database(run_dir.ledger, is_read_only=True))
+        database = Database(run_dir.ledger, is_read_only=True)
+        self._history = History(database)
+        self._choice = Choice.read(database.fact(CHOICE))
         self._checkpoints = Checkpoints(run_dir.checkpoints, keep=self._config.learner.keep_checkpoints)
         chat = Chat(Path(self._config.model.path))
         self._reader = StepReader(self._config, self._history, open_experts(self._config, chat), chat)
@@ -53,6 +56,9 @@ class Replay:
             found = self._reader.read(composition)
             trainer.take(step, found.rows, mu=found.mu)
             step += 1
+            if step == self._config.sft_steps < self._history.num_batches():
+                assert self._choice, "a later step was committed"
+                trainer.begin_anew(require_kept_policy(self._config, self._choice.chosen, self._recorded))
             num_compared += self._compare(trainer, step)
             if step in saved and self._compare_parameters(trainer, saved[step]):
                 checked.append(step)

@@ -7,6 +7,7 @@ from common.config.schema import Config
 from common.errors import OperatorError
 from common.run_dir import RunDir
 from learner.checkpoints import Checkpoints
+from learner.handover import CHOICE
 from learner.ledger.ledger import Ledger
 from learner.recorder import Recorder
 
@@ -25,6 +26,8 @@ def rewind(config: Config, run_dir: RunDir, step: int) -> str:
     checkpoints.require(step)
     ledger.begin_rewind(step)  # cut short from here on, it must be done again
     checkpoints.rewind(step)
+    if step < config.sft_steps:
+        ledger.set_fact(CHOICE, "")
     num_dropped = ledger.rewind(step)
     Recorder(run_dir.path, ledger).restore()
     ledger.close()

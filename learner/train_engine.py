@@ -21,6 +21,9 @@ from learner.objective.policy import policy_loss
 from learner.policy_model import PolicyModel
 from learner.ranks import Ranks
 
+Forward = Callable[[TrainBatch], tuple[Tensor, Tensor]]
+"""Log-probs and entropies, both [B, T]."""
+
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
@@ -108,7 +111,7 @@ class TrainEngine:
         halves = self._measure_halves(padded, denominators, mu) if measures_halves else {}
         totals: dict[str, float] = {}
         for number, batch in enumerate(padded, start=1):
-            losses = self._losses(batch, denominators)
+            losses = self._losses(self._engine, batch, denominators)
             loss = chord_loss(losses.policy, losses.expert, mu=mu)
             self._engine.set_gradient_accumulation_boundary(number == num_micro_batches)
             # The second term gives an empty batch something to differentiate.
@@ -131,8 +134,8 @@ class TrainEngine:
         policy, expert, num_policy_tokens, num_expert_tokens = self._ranks.add_up(counts)
         return Denominators(policy, expert), (int(num_policy_tokens), int(num_expert_tokens))
 
-    def _losses(self, batch: TrainBatch, denominators: Denominators) -> Losses:
-        logprobs, entropies = self._engine(batch)
+    def _losses(self, forward: Forward, batch: TrainBatch, denominators: Denominators) -> Losses:
+        logprobs, entropies = forward(batch)
         policy, policy_metrics = policy_loss(
             logprobs, batch.behavior_logprobs, batch.advantages, batch.policy_mask,
             correction=self._objective.correction, num_tokens=denominators.policy,
@@ -151,12 +154,11 @@ class TrainEngine:
 
     def _measure_halves(self, batches: Sequence[TrainBatch], denominators: Denominators, mu: float) -> dict[str, float]:
         """Gradient norms of the two halves, each alone; what the step then accumulates is not touched."""
-        policy = self._norm_of(
-            [b for b in batches if b.policy_mask.any()], lambda b: self._losses(b, denominators).policy
-        )
-        expert = self._norm_of(
-            [b for b in batches if b.expert_mask.any()], lambda b: self._losses(b, denominators).expert
-        )
+        # The model itself, as DeepSpeed's forward would hook its own backward onto it.
+        with_policy = [batch for batch in batches if batch.policy_mask.any()]
+        with_expert = [batch for batch in batches if batch.expert_mask.any()]
+        policy = self._norm_of(with_policy, lambda batch: self._losses(self._model, batch, denominators).policy)
+        expert = self._norm_of(with_expert, lambda batch: self._losses(self._model, batch, denominators).expert)
         return {
             "policy_grad_norm": policy,
             "expert_grad_norm": expert,
@@ -212,6 +214,10 @@ class TrainEngine:
         self._engine.save_checkpoint(
             str(folder), tag="state", client_state={"torch_rng": torch.get_rng_state()}, save_latest=False
         )
+
+    def close(self) -> None:
+        """Free what DeepSpeed took."""
+        self._engine.destroy()
 
     def restore(self, folder: Path) -> None:
         """Load what `save` wrote with the same number of ranks."""

@@ -48,13 +48,18 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks, device: torch.device) -> None:
         self._config = config
         self._ranks = ranks
-        learner, algorithm = config.learner, config.algorithm
+        self._device = device
+        self._engine = self._make_engine(weights=None)
+
+    def _make_engine(self, *, weights: Path | None) -> TrainEngine:
+        learner, algorithm = self._config.learner, self._config.algorithm
         model = load_policy_model(
-            Path(config.model.path),
-            dtype=getattr(torch, config.model.dtype),
+            Path(self._config.model.path),
+            dtype=getattr(torch, self._config.model.dtype),
             head_chunk_tokens=learner.head_chunk_tokens,
+            weights=weights,
         )
-        model.compute_dtype = resolve_compute_dtype(learner.compute_dtype, device)
+        model.compute_dtype = resolve_compute_dtype(learner.compute_dtype, self._device)
         correction = Correction(
             kind=algorithm.correction, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high, cap=algorithm.cap,
             band=algorithm.band,
@@ -62,7 +67,13 @@ class Trainer:
         settings = OptimizerSettings(
             learner.weight_decay, learner.adam_betas, learner.max_grad_norm, learner.zero_stage
         )
-        self._engine = TrainEngine(model, ranks, device, Objective(correction, algorithm.expert_weighting), settings)
+        objective = Objective(correction, algorithm.expert_weighting)
+        return TrainEngine(model, self._ranks, self._device, objective, settings)
+
+    def begin_anew(self, weights: Path) -> None:
+        """Go on from a published version's weights with a new optimizer, as a run of its own would."""
+        self._engine.close()
+        self._engine = self._make_engine(weights=weights)
 
     def take(self, step: int, rows: Sequence[Row] | None, *, mu: float) -> Taken:
         """Take optimizer step `step` (counted from 0); only rank 0 passes its rows, all pass μ."""

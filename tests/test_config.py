@@ -225,11 +225,14 @@ def test_a_process_with_a_wrong_configuration_ends_with_2_and_one_line_for_each_
 AGREED = ["run.seed=1", "sampling.max_tokens=65", "sampling.temperature=0.9", "environment.options.family=gsm_symbolic"]
 AGREED += ["environment.name=other", "algorithm.group_size=4", "algorithm.cap=3", "algorithm.max_staleness=2"]
 AGREED += ["algorithm.preset=grpo", "eval.num_problems=7", "eval.temperature=1"]
+AGREED += ['eval.benchmarks=["amc"]', "eval.max_benchmark_problems=5", "eval.top_p=0.9", "eval.top_k=20"]
+AGREED += ["eval.max_tokens=9"]
 FREE = ["run.dir=elsewhere", "run.num_actors=9", "learner.lr=1e-5", "learner.num_steps=7", "network.port=1"]
 FREE += [
     "actor.engine=simulated",
     "eval.every_steps=3",
     "eval.engine=vllm",
+    "eval.save_samples=true",
     "model.path=here",
     "expert.rows_per_step=8",
 ]
@@ -245,3 +248,28 @@ def test_the_agreement_hash_changes_with_what_must_agree_and_with_nothing_else()
 def test_the_configuration_cannot_be_changed_once_it_is_made() -> None:
     with pytest.raises(ValueError, match="frozen"):
         resolve_config(None).config.learner.lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("samples_per_problem=8", "eval.samples_per_problem: got 8 with eval.temperature 0, expected 1"),
+        ("top_p=0", "eval.top_p: got 0, expected greater than 0"),
+        ("top_p=1.5", "eval.top_p: got 1.5, expected less than or equal to 1"),
+        ("top_k=-1", "eval.top_k: got -1, expected greater than or equal to 0"),
+        ("held_out=false", "eval.held_out: got false without eval.benchmarks"),
+        ('benchmarks=["math501"]', 'eval.benchmarks: got "math501", expected one of amc, aime24'),
+        ('benchmarks=["amc", "amc=x.jsonl"]', 'eval.benchmarks: got "amc" 2 times, expected it once'),
+        (f"benchmarks={[f'reasoning_gym/{n}' for n in range(32)]}", "eval.benchmarks: got 32, expected 31 at most"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused(change: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        resolve_config(None, [f"eval.{change}"])
+    (line,) = refused.value.lines
+    assert line.startswith(f"override: {said}")
+
+
+def test_samples_and_their_temperature_are_accepted_together() -> None:
+    evaluation = resolve_config(None, ["eval.samples_per_problem=8", "eval.temperature=0.6"]).config.eval
+    assert (evaluation.samples_per_problem, evaluation.temperature) == (8, 0.6)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -316,10 +317,41 @@ def test_a_load_that_takes_too_long_is_named(policies: Policies):
 def test_draw_inverts_the_cumulative_distribution():
     logits = torch.tensor([2.0, -1.0, 0.5, -torch.inf, 1.0])
     uniforms = [(index + 0.5) / 1000 for index in range(1000)]
-    tokens, logprobs = draw(logits.expand(1000, -1), [2.0] * 1000, uniforms)
+    tokens, logprobs = draw(logits.expand(1000, -1), [SamplingParameters(2.0, 1)] * 1000, uniforms)
     expected = torch.softmax(logits / 2.0, dim=0)
     torch.testing.assert_close(torch.bincount(tokens, minlength=5) / 1000, expected, atol=2e-3, rtol=0)
     torch.testing.assert_close(logprobs, expected.log()[tokens])
+
+
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        ({"top_k": 2}, [0, 1]),
+        ({"top_p": 0.5}, [0, 1]),
+        ({"top_p": 0.75}, [0, 1, 2]),
+        ({"top_p": 0.01}, [0]),
+        ({"top_k": 3, "top_p": 0.7}, [0, 1]),  # of the three, the first two have 7/9
+        ({"top_k": 99, "top_p": 1.0}, [0, 1, 2, 3]),
+    ],
+)
+def test_filters_keep_the_likeliest_tokens_and_their_own_log_probs(filters: dict[str, Any], kept: list[int]):
+    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    order = torch.tensor([2, 0, 3, 1])  # the likeliest token is not the first
+    logits, uniforms = torch.empty(4), [(index + 0.5) / 1000 for index in range(1000)]
+    logits[order] = probabilities.log()
+    tokens, logprobs = draw(logits.expand(1000, -1), [SamplingParameters(1.0, 1, **filters)] * 1000, uniforms)
+    expected = torch.zeros(4)
+    expected[order[kept]] = probabilities[kept] / probabilities[kept].sum()
+    torch.testing.assert_close(torch.bincount(tokens, minlength=4) / 1000, expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(logprobs, expected.log()[tokens])
+
+
+def test_each_row_of_a_batch_has_its_own_filters():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(3, -1)
+    samplings = [SamplingParameters(1.0, 1), SamplingParameters(1.0, 1, top_k=1), SamplingParameters(0.0, 1, top_p=0.1)]
+    tokens, logprobs = draw(logits, samplings, [0.05, 0.05, 0.05])
+    assert tokens.tolist() == [0, 3, 3]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.1, 1.0, 0.4]))
 
 
 def test_the_simulated_engine_keeps_its_speed(policies: Policies):

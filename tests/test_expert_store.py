@@ -20,7 +20,15 @@ from common.chat import ChatMessage
 from common.config.load import resolve_config
 from common.errors import ConfigError, OperatorError
 from common.problems import ReasoningProblems, split_of
-from learner.expert.importing import BadRow, Response, read_jsonl, read_reasoning_gym
+from learner.expert.importing import (
+    BadRow,
+    DemonstrationColumns,
+    PromptForm,
+    Response,
+    read_jsonl,
+    read_reasoning_gym,
+    read_tables,
+)
 from learner.expert.sampler import draw, permutation
 from learner.expert.store import ExpertStore, NewRow, store_path
 
@@ -306,6 +314,141 @@ def test_a_system_prompt_goes_before_prompts_only(tmp_path: Path) -> None:
     assert {r.source for r in rows} == {"rows.jsonl"}
 
 
+def write_parquet(path: Path, rows: list[dict[str, object]]) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def turns_of(*rows: NewRow | BadRow) -> list[list[tuple[str, str]]]:
+    return [[(m.role, m.content) for m in r.messages] for r in rows if isinstance(r, NewRow)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": "q", "response": "a"},
+        {"question": "q", "answer": "a", "id": 7},
+        {"problem": "q", "solution": "a", "answer": "bare"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "prompt": "other"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    ],
+)
+def test_tables_are_read_by_their_usual_columns(tmp_path: Path, values: dict[str, object]) -> None:
+    lines = list(read_tables([str(write_lines(tmp_path / "a.jsonl", [values]))]))
+    parquet = list(read_tables([str(write_parquet(tmp_path / "a.parquet", [values]))]))
+    assert turns_of(*lines, *parquet) == [[("user", "q"), ("assistant", "a")]] * 2
+    assert [r.source for r in lines + parquet if isinstance(r, NewRow)] == ["a.jsonl", "a.parquet"]
+
+
+def test_every_role_of_sharegpt_has_its_own_name_here(tmp_path: Path) -> None:
+    roles = {"system": "system", "human": "user", "gpt": "assistant", "observation": "tool", "tool": "tool"}
+    turns = [{"from": role, "value": "x"} for role in (*roles, "gpt")]
+    path = write_lines(tmp_path / "a.jsonl", [{"conversations": turns}])
+    assert [role for role, _ in turns_of(*read_tables([str(path)]))[0]] == [*roles.values(), "assistant"]
+
+
+def test_turns_of_a_parquet_file_may_have_keys_without_a_value(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"messages": [{"role": "user", "content": "q", "name": None}, {"role": "assistant", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "q", "name": "x"}, {"role": "assistant", "content": "a"}]},
+    ]
+    path = write_parquet(tmp_path / "a.parquet", rows)
+    good, bad = read_tables([str(path)])
+    assert turns_of(good) == [[("user", "q"), ("assistant", "a")]]
+    assert bad == BadRow(f'{path} row 2: messages[0].name: got "x", expected no keys but role and content')
+
+
+def test_columns_prompt_and_system_prompt_are_as_asked_for(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"q": "1+1", "a": "2", "messages": []}])
+    columns = DemonstrationColumns(("q",), ("a",), ())
+    form = PromptForm("Be brief.", "{question}\n\nUse \\boxed{}.")
+    assert turns_of(*read_tables([str(path)], columns=columns, form=form)) == [
+        [("system", "Be brief."), ("user", "1+1\n\nUse \\boxed{}."), ("assistant", "2")]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "mistake"),
+    [
+        (
+            {"text": "x", "id": 1},
+            'got columns text, id, expected "messages" or "conversations", or "prompt" or "question" or "problem" and'
+            ' "response" or "solution" or "answer" (--messages-column, --prompt-column and --response-column name'
+            " others)",
+        ),
+        ({"question": "x", "answer": 3}, "answer: got 3, expected a valid string"),
+        ({"conversations": "x"}, 'conversations: got "x", expected a valid tuple'),
+        ({"conversations": ["x"]}, 'conversations[0]: got "x", expected a valid dictionary or instance of ChatMessage'),
+        (
+            {"conversations": [{"from": "bot", "value": "x"}]},
+            "conversations[0].role: got \"bot\", expected 'system', 'user', 'assistant' or 'tool'",
+        ),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, 'conversations[0].role: got ["human"], expected \'sy'),
+        ("[1]", "got [1], expected an object"),
+        ("{bad", 'got "{bad", expected a JSON object (key must be a string at column 2)'),
+    ],
+)
+def test_a_bad_row_of_a_table_is_told_with_its_place(tmp_path: Path, values: object, mistake: str) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [*prompts(1), values, *prompts(1)])
+    good, bad, last = read_tables([str(path)])
+    assert isinstance(good, NewRow)
+    assert isinstance(bad, BadRow)
+    assert bad.line.startswith(f"{path}:2: {mistake}")
+    assert isinstance(last, NewRow)
+
+
+def test_questions_that_environments_hold_out_can_be_left_out(tmp_path: Path) -> None:
+    questions = [f"{n}+{n}?" for n in range(80)]
+    pairs = [{"question": question, "answer": "x"} for question in questions]
+    talks = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": "x"}]} for q in questions]
+    kept = [question for question in questions if split_of(question) == "train"]
+    assert 0 < len(kept) < 80
+    for rows in (pairs, talks):
+        source = str(write_lines(tmp_path / "a.jsonl", rows))
+        form = PromptForm(template="Answer: {question}") if rows is pairs else PromptForm()
+        read = turns_of(*read_tables([source], form=form, leave_out_held_out=True))
+        assert [turns[0][1].removeprefix("Answer: ") for turns in read] == kept
+
+
+def test_tables_are_imported_by_the_command(tmp_path: Path) -> None:
+    store_at = f"expert.path={tmp_path / 'expert.sqlite'}"
+    lines = write_lines(tmp_path / "a.jsonl", [{"q": "1?", "a": "1"}, {"q": "2?"}])
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    write_parquet(folder / "train-0.parquet", [{"q": "3?", "a": "3"}])
+    write_parquet(folder / "test-0.parquet", [{"q": "4?", "a": "4"}])
+    options = ["--prompt-column", "q", "--response-column", "a", "--prompt-template", "Q: {question}"]
+    stopped = run("import", "table", lines, folder, store_at, *options)
+    assert (stopped.returncode, stopped.stdout) == (2, "")
+    assert f"{lines}:2: got columns q, expected" in stopped.stderr
+    done = run("import", "table", lines, folder, store_at, *options, "--skip-bad-rows")
+    assert done.stdout.startswith("imported 2 rows into")
+    with closing(ExpertStore(tmp_path / "expert.sqlite")) as store:
+        assert turns_of(*[NewRow(r.messages, r.source) for r in store.rows()]) == [
+            [("user", f"Q: {n}?"), ("assistant", f"{n}")] for n in (1, 3)
+        ]
+    with_split = run("import", "table", folder, store_at, *options, "--split", "test")
+    assert with_split.stdout.startswith("imported 1 rows into")
+
+
+def test_mistakes_of_a_table_import_end_with_2_and_one_line(tmp_path: Path) -> None:
+    place, path = f"run.dir={tmp_path}", write_lines(tmp_path / "a.jsonl", prompts(1))
+    commands = {
+        (place,): "SOURCE: got none, expected at least one: a .jsonl or .parquet file, a folder",
+        (tmp_path / "gone.parquet", place): "gone.parquet: cannot be read (No such file or directory), expected a Parq",
+        ("gone.txt", place): "gone.txt: got no such file, expected a .jsonl or .parquet file, a folder",
+        (path, place, "--prompt-template", "Q"): '--prompt-template: got "Q", expected text with {question}',
+        (path, place, "--messages-column", "m", "--prompt-column", "p"): "--messages-column: got a prompt or response",
+    }
+    for arguments, words in commands.items():
+        failed = run("import", "table", *arguments)
+        assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1), failed
+        assert words in failed.stderr
+
+
 def test_imported_questions_are_distinct_right_and_apart_from_held_out_ones() -> None:
     config = resolve_config(None, CHAIN_SUM).config
     rows = [r for r in read_reasoning_gym(config, num_rows=300, response=Response.ANSWER) if isinstance(r, NewRow)]
@@ -425,6 +568,7 @@ def test_check_prints_the_configuration_and_touches_nothing(tmp_path: Path) -> N
     exported = tmp_path / "rows.jsonl"
     for command in (
         ["import", "jsonl"],
+        ["import", "table"],
         ["import", "reasoning_gym"],
         ["list"],
         ["stats"],

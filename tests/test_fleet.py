@@ -312,7 +312,24 @@ def test_a_drained_evaluator_ends_the_evaluation_that_it_began(
     assert code == 0, said
     told = [state for state in learner.states if state is not ActorState.FITTING]
     assert told == [ActorState.STARTING, ActorState.SERVING, ActorState.DRAINING]
-    assert [result.num_problems for result in learner.of(EvaluationResult)] == [8]
+    assert [result.scores[0].num_problems for result in learner.of(EvaluationResult)] == [8]
+    assert isinstance(learner.heard[-1], Goodbye)
+
+
+def test_a_second_sigterm_ends_an_evaluator_at_once_and_leaves_its_evaluation_owed(
+    learner: HandLearner, tiny_model: Path, tmp_path: Path
+) -> None:
+    learner.evaluation = learner.newest
+    options = {"tokens_per_s": 0.001, "drain_s": 600.0}
+    with ActorProcess(learner, tiny_model, tmp_path, "actors.evaluator", **options) as evaluator:
+        learner.wait_until(lambda: ActorState.SERVING in learner.states)
+        evaluator.ask_to_stop()
+        learner.wait_until(lambda: ActorState.DRAINING in learner.states)
+        evaluator.ask_to_stop()
+        code, said = evaluator.end()
+    assert code == 0, said
+    assert learner.of(EvaluationResult) == []
+    assert learner.evaluation == learner.newest
     assert isinstance(learner.heard[-1], Goodbye)
 
 

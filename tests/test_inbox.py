@@ -40,6 +40,7 @@ from common.wire.messages import (
     Receipt,
     Refusal,
     Role,
+    TaskScore,
     Welcome,
     Work,
     WorkRequest,
@@ -167,9 +168,16 @@ def make_group(lease_id: str, seed: int = 0, *, num_answer_tokens: int = 3) -> T
 
 
 def result_for(version: Version) -> EvaluationResult:
-    return EvaluationResult(
-        version=version, task="sums", num_problems=2, num_correct=1, mean_score=0.5, mean_answer_tokens=3.0, wall_s=0.1
-    )
+    return EvaluationResult(version=version, scores=(score_of("sums", num_correct=1),))
+
+
+def score_of(task: str, *, num_correct: int) -> TaskScore:
+    """Of two problems, two answers each."""
+    return TaskScore(
+        task=task, num_problems=2, samples_per_problem=2, num_correct=num_correct, num_unparsed=0, num_truncated=0,
+        confidence_95=(0.0, 1.0), pass_at_k={"1": 0.25, "2": 0.5}, mean_score=0.5, mean_answer_tokens=3.0,
+        wall_s=0.1,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -586,7 +594,7 @@ def test_an_evaluator_is_told_what_to_evaluate_and_gets_no_leases(
     assert isinstance(work, Work)
     assert (work.leases, work.evaluation) == ((), learner.newest)
     assert isinstance(peer.ask(result_for(learner.newest)), Receipt)
-    assert [(one.version, one.num_correct) for one in learner.evaluations] == [(learner.newest, 1)]
+    assert [(one.version, one.scores[0].num_correct) for one in learner.evaluations] == [(learner.newest, 1)]
 
 
 @pytest.mark.parametrize("seed", [2**32 - 1, 2**63])
@@ -758,5 +766,23 @@ def test_only_an_evaluator_evaluates(start: Callable[..., Learner], meet: Callab
     peer = meet(learner)
     peer.join()
     peer.send(result_for(learner.newest))
+    wait_until(lambda: learner.inbox.refusals["malformed"] == 1)
+    assert learner.evaluations == []
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        (score_of("sums", num_correct=5),),  # of four answers
+        (score_of("sums", num_correct=1), score_of("sums", num_correct=2)),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused(
+    scores: tuple[TaskScore, ...], start: Callable[..., Learner], meet: Callable[..., Peer]
+) -> None:
+    learner = start()
+    peer = meet(learner)
+    peer.join(role=Role.EVALUATOR)
+    peer.send(EvaluationResult(version=learner.newest, scores=scores))
     wait_until(lambda: learner.inbox.refusals["malformed"] == 1)
     assert learner.evaluations == []

@@ -282,10 +282,12 @@ def test_evaluations_are_owed_once_and_finished_once(open_ledger: Callable[..., 
     assert ledger.evaluations.owe(0)
     assert ledger.evaluations.owe(0)
     assert ledger.evaluations.owed() == [0]
-    assert ledger.evaluations.finish(0, {"accuracy": 0.5}) is Outcome.COMMITTED
-    assert ledger.evaluations.finish(0, {"accuracy": 0.6}) is Outcome.REDELIVERED
+    lines = [{"task": "sums", "accuracy": 0.5}, {"task": "law", "accuracy": 0.25}]
+    assert ledger.evaluations.finish(0, lines) is Outcome.COMMITTED
+    assert ledger.evaluations.finish(0, [{"task": "sums", "accuracy": 0.6}]) is Outcome.REDELIVERED
     assert not ledger.evaluations.owe(0)
-    assert ledger.account.evaluations() == [{"accuracy": 0.5}]
+    assert ledger.account.evaluations() == lines
+    assert ledger.account.num_evaluated_tasks() == 2
 
 
 def test_auditors_read_a_view_of_fixed_columns(open_ledger: Callable[..., Ledger], tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_what_is_no_ledger_of_ours_is_refused(open_ledger: Callable[..., Ledger]
     path.unlink()
     ledger = open_ledger()
     ledger._db.execute("UPDATE facts SET value = '0' WHERE name = 'schema'")
-    with pytest.raises(OperatorError, match=r"got ledger schema 0, expected 2"):
+    with pytest.raises(OperatorError, match=r"got ledger schema 0, expected 3"):
         open_ledger()
 
 

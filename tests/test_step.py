@@ -15,7 +15,7 @@ from learner.policy_model import PolicyModel, load_policy_model
 from learner.ranks import Ranks
 from learner.rows import Row, deal, micro_batches, split_to_budget, unshare
 from tests import reference
-from tests.steps import CPU, MU, VOCABULARY, make_engine, some_rows, take_steps, weights_of
+from tests.steps import CPU, LR, MU, VOCABULARY, make_engine, some_rows, take_steps, weights_of
 from tests.tiny_model import make_tiny_model
 
 TOLERANCE = 2e-6
@@ -171,6 +171,23 @@ def test_a_rank_without_rows_takes_part_in_the_step(model_path: Path, ranks: Ran
     report = engine.step([], mu=0.5, lr=1e-3)
     assert report.metrics["loss"] == 0.0
     assert_close(weights_of(engine), before, tolerance=0.0)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_measuring_the_halves_tells_their_gradients_and_leaves_no_trace(
+    model_path: Path, ranks: Ranks, zero_stage: int
+) -> None:
+    batches = [build_batch([row]) for row in some_rows()]
+    measured, plain = (make_engine(model_path, ranks, zero_stage=zero_stage) for _ in range(2))
+    report = measured.step(batches, mu=MU, lr=LR, measures_halves=True)
+    plain.step(batches, mu=MU, lr=LR)
+    assert_close(weights_of(measured), weights_of(plain), tolerance=0.0)
+    found = report.metrics
+    for mu, name in ((0.0, "policy_grad_norm"), (1.0, "expert_grad_norm")):
+        alone = make_engine(model_path, ranks, zero_stage=zero_stage).step(batches, mu=mu, lr=LR)
+        assert found[name] == pytest.approx(alone.metrics["grad_norm"], rel=1e-4)
+    expert, policy = MU * found["expert_grad_norm"], (1 - MU) * found["policy_grad_norm"]
+    assert found["mu_effective"] == pytest.approx(expert / (expert + policy))
 
 
 def test_a_checkpoint_restores_the_run_to_the_bit(model_path: Path, ranks: Ranks, tmp_path: Path) -> None:

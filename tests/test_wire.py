@@ -48,6 +48,7 @@ from common.wire.messages import (
     Receipt,
     Refusal,
     Role,
+    TaskScore,
     TrajectoryHeader,
     Welcome,
     Work,
@@ -83,6 +84,22 @@ leases = st.builds(
 rows = st.builds(
     TrajectoryHeader, num_tokens=st.integers(2, 2**24), reward=st.floats(-1e6, 1e6), is_truncated=st.booleans()
 )
+shares = st.floats(0, 1)
+scores = st.builds(
+    TaskScore,
+    task=st.text("ab0_.-/", min_size=1, max_size=80),
+    num_problems=st.integers(1, 2**24),
+    samples_per_problem=st.integers(1, 4096),
+    num_correct=numbers,
+    num_unparsed=numbers,
+    num_truncated=numbers,
+    confidence_95=st.tuples(shares, shares),
+    pass_at_k=st.dictionaries(st.integers(1, 99999).map(str), shares, max_size=16),
+    categories=st.dictionaries(st.text(min_size=1, max_size=64), shares, max_size=64),
+    mean_score=finite,
+    mean_answer_tokens=measures,
+    wall_s=measures,
+)
 fields: dict[type[Message], dict[str, Any]] = {
     Hello: {"peer_id": names, "session": names, "role": st.sampled_from(Role), "engine": names, "config_hash": names},
     Welcome: {
@@ -93,7 +110,7 @@ fields: dict[type[Message], dict[str, Any]] = {
     Refusal: {"reason": texts, "is_final": st.booleans()},
     WorkRequest: {
         "state": st.sampled_from(ActorState),
-        "capacity": st.integers(0, 4096),
+        "capacity": st.integers(0, MAX_LEASES),
         "serving": st.none() | versions,
         "held": st.lists(names, max_size=5).map(tuple),
         "sampled_tokens": numbers,
@@ -113,12 +130,7 @@ fields: dict[type[Message], dict[str, Any]] = {
     LeaseFailure: {"lease_id": names, "reason": texts},
     EvaluationResult: {
         "version": versions,
-        "task": names,
-        "num_problems": st.integers(1, 2**53),
-        "num_correct": numbers,
-        "mean_score": finite,
-        "mean_answer_tokens": measures,
-        "wall_s": measures,
+        "scores": st.lists(scores, min_size=1, max_size=3).map(tuple),
     },
     Receipt: {"outcome": st.sampled_from(Outcome), "reason": texts},
     Goodbye: {"reason": texts},

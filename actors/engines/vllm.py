@@ -157,6 +157,8 @@ class VllmEngine:
         return SamplingParams(
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
             seed=sampling.seed,
             logprobs=0,  # of the sampled token only
             stop_token_ids=self._end_tokens,

@@ -1,11 +1,14 @@
 """The environment `reasoning_gym`: any of its families, scored by the family's own scorer."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
-from actors.environment import SingleTurn
+from actors.environment import Judgement, SingleTurn
 from common.chat import ChatMessage
 from common.problems import Problem, ReasoningProblems, Split
+
+log = logging.getLogger(__name__)
 
 
 class ReasoningGym(SingleTurn[Problem]):
@@ -21,7 +24,14 @@ class ReasoningGym(SingleTurn[Problem]):
         return problem, problem.messages
 
     def score(self, task: Problem, text: str) -> float:
-        return self._problems.score(task, text)
+        return self.judge(task, text, is_truncated=False).reward
+
+    def judge(self, task: Problem, text: str, *, is_truncated: bool) -> Judgement:
+        try:
+            return Judgement(self._problems.score(task, text))
+        except Exception as error:  # some families' scorers fall over what is not in the form of an answer
+            log.debug("%s: an answer that its scorer cannot read: %s", self._problems.family, error)
+            return Judgement(0.0, is_parsed=False)
 
     def _held_out_problem(self, index: int) -> Problem:
         while len(self._seen) <= index:

@@ -1,55 +1,130 @@
-"""Scores one version on held-out problems."""
+"""Scores one version on every task: k answers to each problem, so many at a time."""
 
 import asyncio
+import hashlib
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from actors.engine import SamplingParameters
-from actors.start import Parts
+from actors.evaluator.progress import Progress
+from actors.evaluator.samples import Sample
+from actors.evaluator.scores import score_task
+from actors.evaluator.tasks import EvaluationTask
+from actors.rollout import Attempt, PromptTooLong, Rollout
+from common.config.schema import Config
 from common.errors import OperatorError
+from common.wire.messages import TaskScore
+
+SEED_BYTES = 6
+"""Seeds below 2^48: every engine takes them."""
 
 
 @dataclass(frozen=True)
-class Score:
-    """The outcome of one evaluation."""
+class Plan:
+    """What one evaluation does, the same for every version."""
 
-    num_problems: int
-    num_correct: int
-    mean_score: float
-    mean_answer_tokens: float
-    wall_s: float
-
-    @property
-    def accuracy(self) -> float:
-        return self.num_correct / self.num_problems
+    tasks: Sequence[EvaluationTask]
+    sampling: SamplingParameters
+    samples_per_problem: int
+    max_concurrency: int
+    """Answers in flight."""
+    seed: int
 
 
-async def evaluate(
-    parts: Parts, sampling: SamplingParameters, *, num_problems: int, max_concurrency: int,
-) -> Score:  # fmt: skip
-    """One answer to each of the first `num_problems` held-out problems. Raises OperatorError where there are fewer."""
-    started = time.monotonic()
-    room = asyncio.Semaphore(max_concurrency)
-    try:
-        episodes = [parts.environment.episode("held_out", index) for index in range(num_problems)]
-    except IndexError as error:
-        raise OperatorError(f"eval.num_problems: got {num_problems}, expected fewer: {error}") from error
-
-    async def run(index: int) -> tuple[float, int]:
-        async with room:
-            trajectory = (await parts.rollout.episode(episodes[index], sampling)).trajectory
-        return trajectory.reward, trajectory.num_answer_tokens
-
-    try:
-        async with asyncio.TaskGroup() as running:
-            tasks = [running.create_task(run(index)) for index in range(num_problems)]
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
-    rewards, lengths = zip(*(task.result() for task in tasks), strict=True)
-    return Score(
-        num_problems=num_problems,
-        num_correct=sum(reward >= parts.environment.full_reward for reward in rewards),
-        mean_score=sum(rewards) / num_problems,
-        mean_answer_tokens=sum(lengths) / num_problems,
-        wall_s=time.monotonic() - started,
+def plan_of(config: Config, tasks: Sequence[EvaluationTask]) -> Plan:
+    sampling = SamplingParameters(
+        temperature=config.eval.temperature,
+        max_tokens=config.eval.max_tokens or config.sampling.max_tokens,
+        top_p=config.eval.top_p,
+        top_k=config.eval.top_k,
     )
+    return Plan(tasks, sampling, config.eval.samples_per_problem, config.eval.max_concurrency, config.run.seed)
+
+
+class Evaluation:
+    """One run through a plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        rollout: Rollout,
+        *,
+        show: Callable[[Progress], None] = lambda _: None,
+        keep: Callable[[Sequence[Sample]], None] = lambda _: None,
+    ) -> None:
+        """`show` is called after each answer, `keep` with the samples of each task once it is done."""
+        self._plan = plan
+        self._rollout = rollout
+        self._show = show
+        self._keep = keep
+
+    async def run(self) -> tuple[TaskScore, ...]:
+        """The score of each task. Raises SamplingFailed where the engine gives no answer, OperatorError where a
+        prompt does not fit, and what the environment raises."""
+        return tuple([await self._score(task) for task in self._plan.tasks])
+
+    async def _score(self, task: EvaluationTask) -> TaskScore:
+        began = time.monotonic()
+        samples = await self._sample(task)
+        self._keep(samples)
+        return score_task(samples, wall_s=time.monotonic() - began, seed=self._plan.seed)
+
+    async def _sample(self, task: EvaluationTask) -> list[Sample]:
+        """All answers, by problem; as many loops as answers may be in flight take one after the other."""
+        k = self._plan.samples_per_problem
+        places = places_of(task, k)
+        num_answers = len(task.problems) * k
+        samples: list[Sample] = []
+
+        async def work() -> None:
+            for problem, number in places:
+                samples.append(await self._answer(task, problem, number))
+                self._show(Progress(task.name, len(samples), num_answers))
+
+        try:
+            async with asyncio.TaskGroup() as running:
+                for _ in range(min(self._plan.max_concurrency, num_answers)):
+                    running.create_task(work())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        return sorted(samples, key=lambda sample: (sample.problem, sample.sample))
+
+    async def _answer(self, task: EvaluationTask, problem: int, number: int) -> Sample:
+        episode = task.environment.episode("held_out", problem)
+        sampling = replace(self._plan.sampling, seed=seed_of(self._plan.seed, task.name, problem, number))
+        try:
+            attempt = await self._rollout.episode(episode, sampling)
+        except PromptTooLong as error:
+            raise OperatorError(f"{task.name}: problem {problem}: {error}") from error
+        return sample_of(task, problem, number, attempt, category=episode.category)
+
+
+def sample_of(task: EvaluationTask, problem: int, number: int, attempt: Attempt, *, category: str) -> Sample:
+    trajectory = attempt.trajectory
+    return Sample(
+        task=task.name,
+        problem=problem,
+        sample=number,
+        category=category,
+        gold=task.golds.get(problem, ""),
+        text=attempt.text,
+        reward=trajectory.reward,
+        is_correct=trajectory.reward >= task.environment.full_reward,
+        is_parsed=attempt.is_parsed,
+        is_truncated=trajectory.is_truncated,
+        num_answer_tokens=trajectory.num_answer_tokens,
+    )
+
+
+def seed_of(run_seed: int, task: str, problem: int, number: int) -> int:
+    """Answers differ from each other, and a repetition gives the same ones, where the engine can."""
+    digest = hashlib.blake2b(f"{run_seed}/{task}/{problem}/{number}".encode(), digest_size=SEED_BYTES).digest()
+    return int.from_bytes(digest)
+
+
+def places_of(task: EvaluationTask, k: int) -> Iterator[tuple[int, int]]:
+    """Problem and sample of every answer."""
+    for problem in task.problems:
+        for number in range(k):
+            yield problem, number

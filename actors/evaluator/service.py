@@ -8,10 +8,12 @@ pinned meanwhile. Beside that its engine is started and watched.
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
-from actors.engine import SamplingParameters
-from actors.evaluator.evaluate import evaluate
+from actors.evaluator.evaluate import Evaluation, Plan
 from actors.evaluator.metrics import EvaluatorMetrics
+from actors.evaluator.progress import Reports
+from actors.evaluator.samples import Sample, write_samples
 from actors.fitter import Fitter
 from actors.guard import SamplingFailed
 from actors.link import LearnerLink
@@ -19,11 +21,13 @@ from actors.standing import Standing
 from actors.start import Parts, cancel_all, raise_one_line, say_goodbye
 from common.version import Version
 from common.weights.client import FetchCancelled, VersionGone
-from common.wire.messages import ActorState, EvaluationResult, Receipt, Work, WorkRequest
+from common.wire.messages import ActorState, EvaluationResult, Receipt, TaskScore, Work, WorkRequest
 
 log = logging.getLogger(__name__)
 
 QUESTION_S = 1.0
+REPORT_S = 30.0
+"""An evaluation that lasts says so this often."""
 
 
 class EvaluationService:
@@ -34,23 +38,20 @@ class EvaluationService:
         parts: Parts,
         link: LearnerLink,
         fitter: Fitter,
-        sampling: SamplingParameters,
+        plan: Plan,
         *,
-        task: str,
-        num_problems: int,
-        max_concurrency: int,
         drain_s: float,
         metrics: EvaluatorMetrics,
+        samples_of: Callable[[int], Path] | None = None,
         show: Callable[[ActorState, str], None] = lambda *_: None,
     ) -> None:
-        """`show` is called with the state and a detail before every question."""
+        """`show` is called with the state and a detail before every question; `samples_of` gives the file that the
+        answers of a step's version are kept in, None keeps none."""
         self._parts = parts
         self._link = link
         self._fitter = fitter
-        self._sampling = sampling
-        self._task = task
-        self._num_problems = num_problems
-        self._max_concurrency = max_concurrency
+        self._plan = plan
+        self._samples_of = samples_of
         self._drain_s = drain_s
         self._metrics = metrics
         self._show = show
@@ -141,21 +142,28 @@ class EvaluationService:
             await self._fitter.fit(version)
         finally:
             self._fitting = None
-        score = await evaluate(
-            self._parts, self._sampling, num_problems=self._num_problems, max_concurrency=self._max_concurrency
-        )
-        result = EvaluationResult(
-            version=version,
-            task=self._task,
-            num_problems=score.num_problems,
-            num_correct=score.num_correct,
-            mean_score=score.mean_score,
-            mean_answer_tokens=score.mean_answer_tokens,
-            wall_s=score.wall_s,
-        )
+        scores = await self._score(version)
+        result = EvaluationResult(version=version, scores=scores)
         await self._link.ask(result, Receipt, phase=f"the receipt of the evaluation of {version}")
-        self._metrics.observe(version, score)
-        log.info("%s: accuracy %.3f (%d of %d)", version, score.accuracy, score.num_correct, score.num_problems)
+        self._metrics.observe(version, scores)
+        for score in scores:
+            log.info(
+                "%s: %s: accuracy %.3f (%d of %d answers right)",
+                version, score.task, score.accuracy, score.num_correct, score.num_samples,
+            )  # fmt: skip
+
+    async def _score(self, version: Version) -> tuple[TaskScore, ...]:
+        """The samples appear under their name when all of them are there."""
+        kept: list[Sample] = []
+        show = Reports(str(version), every_s=REPORT_S).note
+        scores = await Evaluation(self._plan, self._parts.rollout, show=show, keep=kept.extend).run()
+        if self._samples_of:
+            path = self._samples_of(version.step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            write_samples(partial, kept, is_begin=True)
+            partial.replace(path)
+        return scores
 
     async def _ask(self) -> Work:
         version = self._parts.engine.version

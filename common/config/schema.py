@@ -6,33 +6,16 @@ from enum import StrEnum
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from common.config.evaluation import Eval
 from common.config.presets import FIXED_MU
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0.0)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-
-
-class EngineKind(StrEnum):
-    AUTO = "auto"
-    VLLM = "vllm"
-    TRANSFORMERS = "transformers"
-    SIMULATED = "simulated"
+from common.config.section import Count, EngineKind, Fraction, Port, Positive, Seconds, Section
 
 
 class StalenessPolicy(StrEnum):
     PACE = "pace"
     DROP = "drop"
-
-
-class Section(BaseModel):
-    """A frozen group of keys that refuses unknown ones."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, ser_json_inf_nan="constants")
 
 
 class Run(Section):
@@ -280,17 +263,12 @@ class Expert(Section):
     rows_per_step: Count = Field(32, description="expert rows in one optimizer step")
 
 
-class Eval(Section):
-    every_steps: Count = Field(10, description="optimizer steps between evaluations; 0 evaluates never")
-    num_problems: Positive = Field(200, description="held-out problems, all different")
-    engine: EngineKind | None = Field(None, description="the evaluator's engine; unset: as actor.engine")
-    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0 is greedy")
-    max_concurrency: Positive = Field(64, description="problems in flight at a time")
-    metrics_port: Port = Field(0, description="Prometheus port; 0 takes a free one and prints it")
-
-
 AGREED: dict[str, set[str] | None] = {
-    "run": {"seed"}, "sampling": None, "environment": None, "algorithm": None, "eval": {"num_problems", "temperature"},
+    "run": {"seed"}, "sampling": None, "environment": None, "algorithm": None,
+    "eval": {
+        "held_out", "num_problems", "benchmarks", "max_benchmark_problems", "samples_per_problem", "temperature",
+        "top_p", "top_k", "max_tokens",
+    },
 }  # fmt: skip
 """What learner, actors and evaluator must hold in common: a section's keys, None for all of them."""
 

@@ -147,8 +147,7 @@ class LocalRun:
         if not self._run_dir.summary.exists():
             self._say("stopped before the first summary")
             return
-        task = str(self._config.environment.options.get("family", self._config.environment.name))
-        self._say(describe_summary(json.loads(self._run_dir.summary.read_text()), task=task))
+        self._say(describe_summary(json.loads(self._run_dir.summary.read_text())))
         self._say(f"summary: {self._run_dir.summary}")
         if self._run_dir.final.exists():
             self._say(f"trained policy: {self._run_dir.final}")

@@ -40,7 +40,8 @@ class Progress:
         self.status: Line = {}
         self.last_step: Line = {}
         self.last_evaluation: Line = {}
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: set[tuple[str, int, str]] = set()
+        """Kind, step and task of the lines shown."""
         self._joined: set[str] = set()
         self._num_poisoned = 0
 
@@ -68,9 +69,10 @@ class Progress:
         return [f"{peer['peer_id']} joined: it samples with the {peer['engine']} engine" for peer in fresh]
 
     def _new(self, kind: str, lines: list[Line]) -> list[Line]:
-        """Lines of steps not shown yet: a restarted learner writes its files anew."""
-        fresh = [line for line in lines if (kind, line["step"]) not in self._seen]
-        self._seen |= {(kind, line["step"]) for line in fresh}
+        """Lines of steps, and of tasks, not shown yet: a restarted learner writes its files anew."""
+        named = [(kind, line["step"], line.get("task", "")) for line in lines]
+        fresh = [line for name, line in zip(named, lines, strict=True) if name not in self._seen]
+        self._seen |= set(named)
         return fresh
 
     def now(self) -> str:
@@ -102,9 +104,12 @@ def describe_step(line: Line, *, num_steps: int) -> str:
 
 
 def describe_evaluation(line: Line) -> str:
+    low, high = line["confidence_95"]
+    num_answers = line["num_problems"] * line["samples_per_problem"]
+    answers = "" if num_answers == line["num_problems"] else f"{num_answers} answers to "
     return (
-        f"held-out accuracy of version {line['step']}: {line['accuracy']:.3f} "
-        f"({line['num_correct']} of {line['num_problems']} {line['task']} problems, {line['wall_s']:.0f} s)"
+        f"accuracy of version {line['step']} on {line['task']}: {line['accuracy']:.3f} [{low:.3f}, {high:.3f}] "
+        f"({line['num_correct']} of {answers}{line['num_problems']} problems, {line['wall_s']:.0f} s)"
     )
 
 
@@ -115,20 +120,25 @@ def describe_peer(peer: Line) -> str:
     )
 
 
-def describe_summary(summary: Line, *, task: str) -> str:
+def describe_summary(summary: Line) -> str:
     """What was learned, in a plain sentence or two."""
-    before, after = summary["eval_before"], summary["eval_after"]
     actors = cast("dict[str, int]", summary["groups_by_actor"])
-    if before is None or after is None:
-        learned = "Held-out accuracy was not measured at both ends."
-    else:
-        verb = "rose" if after > before else "fell" if after < before else "stayed"
-        learned = f"Held-out accuracy on {task} {verb} from {before:.3f} to {after:.3f}."
+    tasks = cast("dict[str, dict[str, float | None]]", summary["eval_tasks"])
+    changes = [describe_change(task, before=ends["before"], after=ends["after"]) for task, ends in tasks.items()]
+    learned = [text for text in changes if text] or ["Held-out accuracy was not measured at both ends."]
     flow = f"{summary['steps']} optimizer steps in {summary['wall_s'] / 60:.1f} minutes"
     if actors:
         flow += f", trained on {summary['trajectories_trained']} trajectories from {len(actors)} actors, at most "
         flow += f"{summary['max_staleness_trained']} steps old"
-    return f"{learned} {flow}; lost {summary['lost']}, duplicates {summary['duplicates']}."
+    return f"{' '.join(learned)} {flow}; lost {summary['lost']}, duplicates {summary['duplicates']}."
+
+
+def describe_change(task: str, *, before: float | None, after: float | None) -> str:
+    """Empty where an end was not measured."""
+    if before is None or after is None:
+        return ""
+    verb = "rose" if after > before else "fell" if after < before else "stayed"
+    return f"Held-out accuracy on {task} {verb} from {before:.3f} to {after:.3f}."
 
 
 def _parse(text: bytes) -> Line:

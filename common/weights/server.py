@@ -150,7 +150,8 @@ class WeightServer:
                 if rank >= MAX_KEPT or now - served.asked_at > GRACE_S:
                     del self._served[served.snapshot.version.hash]
                     os.close(served.descriptor)
-                    served.snapshot.path.unlink(missing_ok=True)
+                    if served.snapshot.path not in [other.snapshot.path for other in self._served.values()]:
+                        served.snapshot.path.unlink(missing_ok=True)
 
     def _serve(self) -> None:
         poller = zmq.Poller()

@@ -6,21 +6,31 @@ peer at its own pace.
 """
 
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from common.version import Version
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised with every change that an older peer would misread."""
 
 MAX_LEASES = 1024
 """Leases of one actor at a time at most; so many fit into one header."""
+MAX_TASKS = 32
+"""Scores of one evaluation at most."""
+MAX_CATEGORIES = 64
+"""Of one task at most."""
+MAX_CATEGORY_CHARACTERS = 64
+MAX_PASS_SIZES = 16
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Reason = Annotated[str, Field(max_length=500)]
+TaskName = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9_./-]+$")]
+Category = Annotated[str, Field(min_length=1, max_length=MAX_CATEGORY_CHARACTERS)]
+PassSize = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}$")]
 Number = Annotated[int, Field(ge=0, le=2**53)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -167,15 +177,73 @@ class LeaseFailure(Message):
     reason: Reason
 
 
-class EvaluationResult(Message):
-    kind: Literal["evaluation"] = "evaluation"
-    version: Version
-    task: Name
-    num_problems: Annotated[int, Field(ge=1)]
+class TaskScore(BaseModel):
+    """What one version achieved on one task, k answers to each problem."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    task: TaskName
+    num_problems: Annotated[int, Field(ge=1, le=2**24)]
+    samples_per_problem: Annotated[int, Field(ge=1, le=4096)]
+    """k."""
     num_correct: Number
+    """Right answers, of num_problems · samples_per_problem."""
+    num_unparsed: Number
+    """Answers in which the environment did not find what it looks for; they count as wrong."""
+    num_truncated: Number
+    """Answers that were cut off at the limit of tokens."""
+    confidence_95: tuple[Share, Share]
+    """Bootstrap interval of the accuracy over problems."""
+    pass_at_k: Annotated[dict[PassSize, Share], Field(max_length=MAX_PASS_SIZES)]
+    """Unbiased, by k: powers of two, and samples_per_problem."""
+    categories: Annotated[dict[Category, Share], Field(max_length=MAX_CATEGORIES)] = {}
+    """Accuracy by category; empty where the task has none."""
     mean_score: Annotated[float, Field(allow_inf_nan=False)]
+    """Mean reward of an answer."""
     mean_answer_tokens: Measure
     wall_s: Measure
+
+    @property
+    def num_samples(self) -> int:
+        return self.num_problems * self.samples_per_problem
+
+    @property
+    def accuracy(self) -> float:
+        """avg@k: the mean over problems of the share of right answers, all problems having k."""
+        return self.num_correct / self.num_samples
+
+    @property
+    def adds_up(self) -> bool:
+        """No count exceeds the number of answers."""
+        return max(self.num_correct, self.num_unparsed, self.num_truncated) <= self.num_samples
+
+    def line(self) -> dict[str, Any]:
+        """As eval.jsonl and `chord-eval --json` tell it."""
+        values = self.model_dump(mode="json", exclude={"categories"} if not self.categories else None)
+        return {
+            "task": values.pop("task"),
+            "num_problems": values.pop("num_problems"),
+            "samples_per_problem": values.pop("samples_per_problem"),
+            "num_correct": values.pop("num_correct"),
+            "accuracy": self.accuracy,
+            "avg_at_k": self.accuracy,
+            **values,
+        }
+
+
+class EvaluationResult(Message):
+    """All that one version achieved, in the order in which the tasks are configured."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    version: Version
+    scores: Annotated[tuple[TaskScore, ...], Field(min_length=1, max_length=MAX_TASKS)]
+
+    @property
+    def adds_up(self) -> bool:
+        """Each task is there once, and every score is a possible one."""
+        return all(score.adds_up for score in self.scores) and len({score.task for score in self.scores}) == len(
+            self.scores
+        )
 
 
 class Receipt(Message):

@@ -16,6 +16,7 @@ from common.weights.snapshot import read_snapshot
 from common.wire.codec import WireError
 from common.wire.groups import from_blob
 from learner.checkpoints import Checkpoints
+from learner.handover import CHOICE, Choice
 from learner.ledger.account import Account, Yield
 from learner.ledger.database import Database
 from learner.ledger.history import History
@@ -91,8 +92,8 @@ def _report(run_dir: RunDir, database: Database, files: Files, *, is_over: bool)
         *lost, *twice, *_stale(database, bound), *_leases(database), *_batches(database, history, groups_per_step),
         *_bodies(database, history), *_checkpoint_violations(files.checkpoints, history),
         *_lines("metrics.jsonl", files.metrics, account.records(), slack),
-        *_lines("eval.jsonl", files.evaluations, account.evaluations(), slack),
-        *_versions(account, history), *_final(run_dir, history, is_over=is_over),
+        *_lines("eval.jsonl", files.evaluations, account.evaluations(), slack * account.num_evaluated_tasks()),
+        *_versions(account, history, Choice.read(database.fact(CHOICE))), *_final(run_dir, history, is_over=is_over),
     ]  # fmt: skip
     return Report(
         run_id=database.fact("run_id") or "",
@@ -241,15 +242,17 @@ def _lines(name: str, lines: list[dict[str, Any]] | str, expected: list[dict[str
         yield f"{name}: its {len(lines)} lines are not the {len(expected)} of the ledger"
 
 
-def _versions(account: Account, history: History) -> Iterator[str]:
+def _versions(account: Account, history: History, choice: Choice | None) -> Iterator[str]:
     """Every step taken made a version, and what was evaluated is one."""
     hashes = history.version_hashes()
     for step in range(1, len(account.records())):
         if step not in hashes:
             yield f"versions: the one after step {step} is missing"
     for line in account.evaluations():
-        if hashes.get(line["step"]) != line["version_hash"]:
-            yield f"evaluations: that of version {line['step']} was made with other weights"
+        was_replaced = choice is not None and choice.step == line["step"]
+        expected = choice.hash if choice and was_replaced else hashes.get(line["step"])
+        if expected != line["version_hash"]:
+            yield f"evaluations: that of version {line['step']} on {line['task']} was made with other weights"
 
 
 def _final(run_dir: RunDir, history: History, *, is_over: bool) -> Iterator[str]:

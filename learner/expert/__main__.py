@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 
@@ -15,8 +16,24 @@ from common.chat import ChatMessage
 from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command
 from common.config.schema import Config
 from common.errors import OperatorError
-from learner.expert.importing import BadRow, Response, Screen, read_jsonl, read_reasoning_gym
+from common.tables import EXPECTED_SOURCE, read_table
+from learner.expert import openr1, toolace
+from learner.expert.importing import (
+    QUESTION,
+    USUAL_COLUMNS,
+    BadRow,
+    DemonstrationColumns,
+    PromptForm,
+    Response,
+    Screen,
+    read_jsonl,
+    read_reasoning_gym,
+    read_tables,
+)
+from learner.expert.selection import Asked, Funnel, Selection, shortfalls
 from learner.expert.store import ExpertRow, ExpertStore, NewRow, store_path
+
+Row = TypeVar("Row")
 
 PROGRESS_EVERY_S = 2.0
 WRONG = 1
@@ -35,6 +52,28 @@ FilesArgument = Annotated[
         help="JSON lines with messages, or with prompt and response; then values that go before the file's.",
     ),
 ]
+SourcesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SOURCE... [SECTION.KEY=VALUE]...",
+        help="A .jsonl or .parquet file, a folder of .parquet files, or a dataset id owner/name[:config]; then values.",
+    ),
+]
+SourceArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SOURCE] [SECTION.KEY=VALUE]...",
+        help="The published dataset, or a .jsonl or .parquet copy of it; then values that go before the file's.",
+    ),
+]
+SplitOption = Annotated[str, typer.Option(help="Of the source.")]
+PromptsOption = Annotated[
+    Path | None, typer.Option("--prompts", metavar="FILE.jsonl", help="Replaced; else environment.options.source.")
+]
+NumHeldOutOption = Annotated[
+    int, typer.Option(min=0, help="Problems that are written beside the prompts, for evaluation alone.")
+]
+ColumnOption = Annotated[str, typer.Option(help="Of the table; without it, the usual names.")]
 SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out instead of stopping at them.")]
 
 
@@ -47,15 +86,45 @@ def import_jsonl(
     system_prompt: Annotated[str, typer.Option(help="Goes before each prompt; messages are left as they are.")] = "",
 ) -> None:
     """Import files of JSON lines."""
-    paths = [Path(argument) for argument in arguments or () if not _OVERRIDE.match(argument)]
-    overrides = [argument for argument in arguments or () if _OVERRIDE.match(argument)]
-    resolved = resolve_or_check(config, overrides, check=check)
+    files, overrides = _apart(arguments)
+    resolved, paths = resolve_or_check(config, overrides, check=check), [Path(file) for file in files]
     if not paths:
         raise OperatorError("FILE: got none, expected at least one file of JSON lines")
     for path in paths:
         if not path.exists():
             raise OperatorError(f"{path}: got no such file, expected a file of JSON lines")
     _import(resolved.config, read_jsonl(paths, system_prompt=system_prompt), skip_bad_rows=skip_bad_rows)
+
+
+@import_app.command("table")
+def import_table(
+    arguments: SourcesArgument = None,
+    config: ConfigOption = None,
+    check: CheckOption = False,
+    skip_bad_rows: SkipOption = False,
+    split: Annotated[str, typer.Option(help="Of datasets.")] = "train",
+    prompt_column: ColumnOption = "",
+    response_column: ColumnOption = "",
+    messages_column: ColumnOption = "",
+    system_prompt: Annotated[str, typer.Option(help="Goes before each prompt; messages are left as they are.")] = "",
+    prompt_template: Annotated[str, typer.Option(help="The prompt stands in place of {question}.")] = QUESTION,
+    leave_out_held_out: Annotated[
+        bool, typer.Option("--leave-out-held-out", help="Leave out questions that environments hold out by their hash.")
+    ] = False,
+) -> None:
+    """Import tables with messages, or with prompt and response: JSON lines, Parquet, or datasets of the hub."""
+    sources, overrides = _apart(arguments)
+    resolved = resolve_or_check(config, overrides, check=check)
+    if not sources:
+        raise OperatorError(f"SOURCE: got none, expected at least one: {EXPECTED_SOURCE}")
+    rows = read_tables(
+        sources,
+        split=split,
+        columns=_columns(prompt_column, response_column, messages_column),
+        form=PromptForm(system_prompt, prompt_template),
+        leave_out_held_out=leave_out_held_out,
+    )
+    _import(resolved.config, rows, skip_bad_rows=skip_bad_rows)
 
 
 @import_app.command("reasoning_gym")
@@ -71,6 +140,48 @@ def import_reasoning_gym(
     resolved = resolve_or_check(config, overrides, check=check)
     rows = read_reasoning_gym(resolved.config, num_rows=num_rows, response=response)
     _import(resolved.config, rows, skip_bad_rows=skip_bad_rows, num_asked=num_rows)
+
+
+@import_app.command("openr1-math")
+def import_openr1_math(
+    arguments: SourceArgument = None,
+    config: ConfigOption = None,
+    check: CheckOption = False,
+    split: SplitOption = "train",
+    num_rows: Annotated[int, typer.Option(min=0, help="Expert rows to take.")] = 5000,
+    num_prompts: Annotated[int, typer.Option(min=0, help="Prompts to take.")] = 20000,
+    num_held_out: NumHeldOutOption = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an expert's answer, by the model's tokenizer.")] = 8196,
+    prompts: PromptsOption = None,
+) -> None:
+    """Import the selection of CHORD's maths run: DeepSeek-R1's answers as expert rows, other problems as prompts."""
+    source, overrides = _source_of(arguments, openr1.SOURCE)
+    resolved = resolve_or_check(config, overrides, check=check).config
+    file, asked = _prompts_file(resolved, prompts, source), Asked(num_rows, num_prompts, num_held_out)
+    rows = partial(read_table, source, split=split)
+    selection, funnel = openr1.choose(resolved, lambda: _with_progress(rows()), asked=asked, max_tokens=max_tokens)
+    _report(selection, funnel, asked, file)
+    _import(resolved, openr1.expert_rows(resolved, rows, selection), skip_bad_rows=False)
+
+
+@import_app.command("toolace")
+def import_toolace(
+    arguments: SourceArgument = None,
+    config: ConfigOption = None,
+    check: CheckOption = False,
+    split: SplitOption = "train",
+    num_rows: Annotated[int, typer.Option(min=0, help="Expert rows to take.")] = 500,
+    num_prompts: Annotated[int, typer.Option(min=0, help="Prompts to take.")] = 5000,
+    num_held_out: NumHeldOutOption = 512,
+    prompts: PromptsOption = None,
+) -> None:
+    """Import the selection of CHORD's tools run: ToolACE's own answers as expert rows, other questions as prompts."""
+    source, overrides = _source_of(arguments, toolace.SOURCE)
+    resolved = resolve_or_check(config, overrides, check=check).config
+    file, asked = _prompts_file(resolved, prompts, source), Asked(num_rows, num_prompts, num_held_out)
+    selection, funnel = toolace.choose(resolved, _with_progress(read_table(source, split=split)), asked=asked)
+    _report(selection, funnel, asked, file)
+    _import(resolved, toolace.expert_rows(selection), skip_bad_rows=False)
 
 
 @app.command("list")
@@ -135,6 +246,56 @@ def _open(config: Path | None, overrides: list[str] | None, *, check: bool) -> E
     return ExpertStore(store_path(resolve_or_check(config, overrides, check=check).config))
 
 
+def _source_of(arguments: list[str] | None, published: str) -> tuple[str, list[str]]:
+    """The one source, or else the published dataset; and the overrides."""
+    sources, overrides = _apart(arguments)
+    if len(sources) > 1:
+        raise OperatorError(f"SOURCE: got {', '.join(sources)}, expected one (without any: {published})")
+    return (sources or [published])[0], overrides
+
+
+def _prompts_file(config: Config, asked_for: Path | None, source: str) -> Path:
+    """Where prompts are written: to what the environment reads, unless asked for elsewhere; never over the source."""
+    path = asked_for or Path(str(config.environment.options.get("source", "")))
+    if path.suffix != ".jsonl" or path.absolute() == Path(source).absolute():
+        expected = "a FILE.jsonl other than the source (environment.options.source may name it)"
+        raise OperatorError(f"--prompts: got {str(path)!r}, expected {expected}")
+    return path
+
+
+def _report(selection: Selection, funnel: Funnel, asked: Asked, file: Path) -> None:
+    """Say what came how far, and write the prompts file."""
+    for line in funnel.lines():
+        print(line)
+    for line in shortfalls(selection, asked):
+        print(line)
+    with suppress(OSError):  # told when the file is written
+        file.parent.mkdir(parents=True, exist_ok=True)
+    _write_lines(file, (json.dumps(record, ensure_ascii=False) for record in selection.records))
+    print(f"wrote {len(selection.prompts):,} prompts and {len(selection.held_out):,} held-out problems to {file}")
+
+
+def _apart(arguments: list[str] | None) -> tuple[list[str], list[str]]:
+    """What is to be read, and overrides."""
+    overrides = [argument for argument in arguments or () if _OVERRIDE.match(argument)]
+    return [argument for argument in arguments or () if argument not in overrides], overrides
+
+
+def _columns(prompt: str, response: str, messages: str) -> DemonstrationColumns:
+    """The columns that options name, else the usual ones; who names one form does not get the other."""
+    if messages and (prompt or response):
+        raise OperatorError("--messages-column: got a prompt or response column too, expected one form or the other")
+    if messages:
+        return DemonstrationColumns((), (), (messages,), ())
+    usual = USUAL_COLUMNS
+    return DemonstrationColumns(
+        (prompt,) if prompt else usual.prompt,
+        (response,) if response else usual.response,
+        () if prompt or response else usual.messages,
+        usual.source,
+    )
+
+
 def _import(
     config: Config, rows: Iterable[NewRow | BadRow], *, skip_bad_rows: bool, num_asked: int | None = None
 ) -> None:
@@ -151,7 +312,7 @@ def _import(
     print(f"imported {counts.num_added:,} rows into {store.path} {ending}")
 
 
-def _with_progress(rows: Iterable[NewRow | BadRow]) -> Iterator[NewRow | BadRow]:
+def _with_progress(rows: Iterable[Row]) -> Iterator[Row]:
     """Says on stderr how far a long import has come."""
     said_at = time.monotonic()
     for num_read, row in enumerate(rows, start=1):

@@ -1,8 +1,6 @@
-"""Readers of demonstrations: JSON lines and reasoning_gym. Each yields rows for the store, or says why not."""
+"""Readers of demonstrations: tables and reasoning_gym. Each yields rows for the store, or says why not."""
 
-import codecs
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
@@ -14,14 +12,17 @@ from pydantic import BaseModel, ValidationError
 from common.chat import ChatMessage
 from common.config.schema import Config
 from common.errors import ConfigError, OperatorError
-from common.problems import Problem, ReasoningProblems
+from common.problems import Problem, ReasoningProblems, split_of
+from common.tables import BadTableRow, TableRow, clip, read_json_lines, read_rows
 from learner.expert.store import NewRow
 
 MAX_LISTED = 20
 """Bad rows that are listed; the others are only counted."""
-_MAX_GOT_CHARS = 60
 _EXPECTED = {"missing": "text", "extra_forbidden": "no keys but role and content"}
-_TWO_FORMS = '"messages", or "prompt" and "response"'
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+"""Of turns that have "from" and "value"; other roles keep their names."""
+_NAMING = "--messages-column, --prompt-column and --response-column name others"
+QUESTION = "{question}"
 
 
 class Response(StrEnum):
@@ -62,8 +63,47 @@ class Screen:
             raise OperatorError("\n".join([*self.listed, hint + shown]))
 
 
-class _Line(BaseModel):
-    """The keys of a JSON line that are read; others are of no concern."""
+@dataclass(frozen=True)
+class DemonstrationColumns:
+    """Where a row has its parts: the first of each that has a value."""
+
+    prompt: tuple[str, ...] = ("prompt",)
+    response: tuple[str, ...] = ("response",)
+    messages: tuple[str, ...] = ("messages",)
+    """They go before prompt and response."""
+    source: tuple[str, ...] = ("source",)
+    """What the store is to name as the row's source; without it, the table."""
+
+    @property
+    def expected(self) -> str:
+        """For messages."""
+        messages, prompt, response = map(_alternatives, (self.messages, self.prompt, self.response))
+        both = f"{prompt} and {response}" if prompt and response else ""
+        return ", or ".join(form for form in (messages, both) if form)
+
+
+USUAL_COLUMNS = DemonstrationColumns(
+    ("prompt", "question", "problem"), ("response", "solution", "answer"), ("messages", "conversations"), ()
+)
+"""Of tables that others made."""
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """What is made of a prompt; messages are left as they are."""
+
+    system_prompt: str = ""
+    """Goes before it."""
+    template: str = QUESTION
+    """The prompt stands where it has {question}."""
+
+    def __post_init__(self) -> None:
+        if QUESTION not in self.template:
+            raise OperatorError(f'--prompt-template: got "{self.template}", expected text with {QUESTION}')
+
+
+class _Parts(BaseModel):
+    """What is read of a row; its other columns are of no concern."""
 
     messages: tuple[ChatMessage, ...] | None = None
     prompt: str | None = None
@@ -76,14 +116,30 @@ def read_jsonl(paths: Sequence[Path], *, system_prompt: str = "") -> Iterator[Ne
 
     `system_prompt` goes before a prompt, never into messages. Raises OperatorError where a file cannot be read.
     """
+    form = PromptForm(system_prompt)
     for path in paths:
-        try:
-            with path.open("rb") as file:
-                for number, raw in enumerate(file, start=1):
-                    if raw.strip():
-                        yield _read_line(raw, path=path, number=number, system_prompt=system_prompt)
-        except OSError as error:
-            raise OperatorError(f"{path}: cannot be read ({error.strerror}), expected a file of JSON lines") from error
+        for row in read_json_lines(path):
+            yield _read_row(row, DemonstrationColumns(), form=form, place=path.name)
+
+
+def read_tables(
+    sources: Sequence[str],
+    *,
+    split: str = "train",
+    columns: DemonstrationColumns = USUAL_COLUMNS,
+    form: PromptForm = PromptForm(),
+    leave_out_held_out: bool = False,
+) -> Iterator[NewRow | BadRow]:
+    """Rows of tables, as `common.tables.read_rows` takes them; a turn may be {"from", "value"}, as in ShareGPT.
+
+    `leave_out_held_out` passes over rows whose question, as it stands in the table, belongs to the held-out split.
+    Raises OperatorError where a table cannot be read.
+    """
+    for source in sources:
+        place = Path(source).name if Path(source).exists() else source
+        for row in read_rows(source, split=split):
+            if not (leave_out_held_out and isinstance(row, TableRow) and _is_held_out(row, columns)):
+                yield _read_row(row, columns, form=form, place=place)
 
 
 def read_reasoning_gym(config: Config, *, num_rows: int, response: Response) -> Iterator[NewRow | BadRow]:
@@ -106,41 +162,91 @@ def _solved(problems: ReasoningProblems, problem: Problem, response: Response) -
     text = problem.answer if response is Response.ANSWER else problem.solution
     score = problems.score(problem, text)
     if score < 1.0 or not text.strip():
-        question, got = _clip(problem.question), _clip(text)
+        question, got = clip(problem.question), clip(text)
         where = f"reasoning_gym {problems.family}: question {question}"
         return BadRow(f"{where}: the {response} {got} scores {score:g}, expected 1 (an expert row must be right)")
     return NewRow((*problem.messages, _assistant(text)), f"reasoning_gym:{problems.family}")
 
 
-def _read_line(raw: bytes, *, path: Path, number: int, system_prompt: str) -> NewRow | BadRow:
-    where = f"{path}:{number}"
+def _read_row(
+    row: TableRow | BadTableRow, columns: DemonstrationColumns, *, form: PromptForm, place: str
+) -> NewRow | BadRow:
+    if isinstance(row, BadTableRow):
+        return BadRow(row.line)
+    found = _found(row, columns)
+    values = {part: row.values[column] for part, column in found.items()}
     try:
-        line = _Line.model_validate_json(raw.removeprefix(codecs.BOM_UTF8))
+        parts = _Parts.model_validate(values | {"messages": _turns(values.get("messages"))})
     except ValidationError as error:
-        return BadRow(f"{where}: {_mistake(raw, error)}")
-    messages = line.messages if line.messages is not None else _conversation(line, system_prompt)
-    mistake = _mistake_in(messages)
+        return BadRow(f"{row.where}: {_mistake(error, found)}")
+    messages = parts.messages if parts.messages is not None else _conversation(parts, form)
+    mistake = _mistake_in(messages, row, columns)
     if mistake:
-        return BadRow(f"{where}: {mistake}")
-    return NewRow(messages, path.name if line.source is None else line.source)
+        return BadRow(f"{row.where}: {mistake}")
+    return NewRow(messages, place if parts.source is None else parts.source)
 
 
-def _conversation(line: _Line, system_prompt: str) -> tuple[ChatMessage, ...]:
+def _found(row: TableRow, columns: DemonstrationColumns) -> dict[str, str]:
+    """The column that holds each part of a demonstration, of those parts that the row has."""
+    wanted = {part: getattr(columns, part) for part in ("messages", "prompt", "response", "source")}
+    present = {part: [name for name in names if row.values.get(name) is not None] for part, names in wanted.items()}
+    unwanted = ("prompt", "response") if present["messages"] else ()
+    return {part: names[0] for part, names in present.items() if names and part not in unwanted}
+
+
+def _is_held_out(row: TableRow, columns: DemonstrationColumns) -> bool:
+    """Whether the environments of questions keep the row's question for evaluation."""
+    found = _found(row, columns)
+    if "messages" in found:
+        turns = _turns(row.values[found["messages"]])
+        questions = [
+            turn.get("content") for turn in turns or () if isinstance(turn, dict) and turn.get("role") == "user"
+        ]
+    else:
+        questions = [row.values[found["prompt"]]] if "prompt" in found else []
+    return any(split_of(question) == "held_out" for question in questions[:1] if isinstance(question, str))
+
+
+def _turns(messages: Any) -> Any:
+    """Turns with "role" and "content", also where they had "from" and "value"; what is no turn stays what it is."""
+    return [_turn(message) for message in messages] if isinstance(messages, list) else messages
+
+
+def _turn(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    turn = {key: value for key, value in message.items() if value is not None}  # Parquet has all keys in all turns
+    if "from" in turn and "role" not in turn:
+        role = turn.pop("from")
+        turn["role"] = _ROLES.get(role, role) if isinstance(role, str) else role
+    if "value" in turn and "content" not in turn:
+        turn["content"] = turn.pop("value")
+    return turn
+
+
+def _conversation(parts: _Parts, form: PromptForm) -> tuple[ChatMessage, ...]:
     """Prompt and response as messages; empty where either is missing."""
-    if line.prompt is None or line.response is None:
+    if parts.prompt is None or parts.response is None:
         return ()
-    system = (ChatMessage(role="system", content=system_prompt),) if system_prompt else ()
-    return (*system, ChatMessage(role="user", content=line.prompt), _assistant(line.response))
+    system = (ChatMessage(role="system", content=form.system_prompt),) if form.system_prompt else ()
+    prompt = form.template.replace(QUESTION, parts.prompt)
+    return (*system, ChatMessage(role="user", content=prompt), _assistant(parts.response))
+
+
+def _alternatives(columns: Sequence[str]) -> str:
+    return " or ".join(f'"{column}"' for column in columns)
 
 
 def _assistant(text: str) -> ChatMessage:
     return ChatMessage(role="assistant", content=text)
 
 
-def _mistake_in(messages: Sequence[ChatMessage]) -> str:
+def _mistake_in(messages: Sequence[ChatMessage], row: TableRow, columns: DemonstrationColumns) -> str:
     """What keeps a conversation from being a demonstration, else nothing; every assistant turn bears loss."""
     if not messages:
-        return f"got no messages, expected {_TWO_FORMS}"
+        if columns == DemonstrationColumns():
+            return f"got no messages, expected {columns.expected}"
+        return f"got columns {', '.join(row.values)}, expected {columns.expected} ({_NAMING})"
     roles = [message.role for message in messages]
     if roles[-1] != "assistant":
         return f'messages: got a last turn of role "{roles[-1]}", expected "assistant"'
@@ -148,22 +254,14 @@ def _mistake_in(messages: Sequence[ChatMessage]) -> str:
         return 'messages: got no turn of role "user" before the assistant\'s, expected one'
     for index, message in enumerate(messages):
         if message.role == "assistant" and not message.content.strip():
-            return f"messages[{index}].content: got {_clip(message.content)}, expected what the assistant says"
+            return f"messages[{index}].content: got {clip(message.content)}, expected what the assistant says"
     return ""
 
 
-def _mistake(raw: bytes, error: ValidationError) -> str:
+def _mistake(error: ValidationError, found: Mapping[str, str]) -> str:
     first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        reason = first["msg"].removeprefix("Invalid JSON: ").replace(" at line 1 column", " at column")
-        return f"got {_clip(raw.decode(errors='replace').rstrip())}, expected a JSON object ({reason})"
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
-    got = "nothing" if first["type"] == "missing" else _clip(first["input"])
+    part, *within = first["loc"]
+    name = found[str(part)] + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in within)
+    got = "nothing" if first["type"] == "missing" else clip(first["input"])
     expected = _EXPECTED.get(first["type"]) or first["msg"].removeprefix("Input should be ")
-    return f"{name + ': ' if name else ''}got {got}, expected {expected}"
-
-
-def _clip(value: Any) -> str:
-    """A value as one short line of JSON."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _MAX_GOT_CHARS else text[: _MAX_GOT_CHARS - 1] + "…"
+    return f"{name}: got {got}, expected {expected}"

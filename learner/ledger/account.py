@@ -75,10 +75,15 @@ class Account:
         return self._lines("SELECT record FROM batches WHERE record IS NOT NULL ORDER BY step")
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of eval.jsonl, oldest version first."""
-        return self._lines("SELECT result FROM evaluations WHERE result IS NOT NULL ORDER BY step")
+        """The lines of eval.jsonl, oldest version first, tasks in the order of the configuration."""
+        results = self._lines("SELECT result FROM evaluations WHERE result IS NOT NULL ORDER BY step")
+        return [line for result in results for line in result]
 
-    def _lines(self, query: str) -> list[dict[str, Any]]:
+    def num_evaluated_tasks(self) -> int:
+        """Lines of one evaluation at most."""
+        return self._db.count("SELECT coalesce(max(json_array_length(result)), 0) FROM evaluations")
+
+    def _lines(self, query: str) -> list[Any]:
         with self._db.lock:
             return [json.loads(line) for (line,) in self._db.execute(query)]
 

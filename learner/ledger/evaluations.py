@@ -2,6 +2,8 @@
 
 import json
 import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from common.wire.messages import Outcome
 from learner.ledger.database import Database
@@ -27,11 +29,11 @@ class Evaluations:
             rows = self._db.execute("SELECT step FROM evaluations WHERE result IS NULL ORDER BY step")
             return [step for (step,) in rows]
 
-    def finish(self, step: int, result: dict[str, object]) -> Outcome:
-        """Note a result; the first one counts."""
+    def finish(self, step: int, lines: Sequence[Mapping[str, Any]]) -> Outcome:
+        """Note a result, a line for each task; the first one counts."""
         with self._db.transaction():
             done = self._db.execute(
-                "UPDATE evaluations SET result = ? WHERE step = ? AND result IS NULL", (json.dumps(result), step)
+                "UPDATE evaluations SET result = ? WHERE step = ? AND result IS NULL", (json.dumps(lines), step)
             )
             self._changed.notify_all()
             return Outcome.COMMITTED if done.rowcount else Outcome.REDELIVERED

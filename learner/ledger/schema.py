@@ -2,7 +2,7 @@
 
 import hashlib
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 DIGEST_BYTES = 8
 
@@ -90,7 +90,7 @@ CREATE TABLE IF NOT EXISTS versions (step INTEGER PRIMARY KEY, hash TEXT NOT NUL
 
 CREATE TABLE IF NOT EXISTS evaluations (
     step INTEGER PRIMARY KEY,
-    result TEXT,                -- its line of eval.jsonl; NULL while it is owed
+    result TEXT,                -- JSON list of its lines of eval.jsonl, one for each task; NULL while it is owed
     {_digest("evaluations")}
 );
 

@@ -179,8 +179,11 @@ class Payloads:
             {"kind": "work_request", "state": "serving", "capacity": 4096, "serving": version, "held": ["1.a"] * 500},
             {"kind": "group", "lease_id": "1.a", "num_prompt_tokens": 1, "trajectories": rows},
             {"kind": "lease_failure", "lease_id": "1.a", "reason": "x" * 500},
-            {"kind": "evaluation", "version": version, "task": "t", "num_problems": 1, "num_correct": 1,
-             "mean_score": 1.0, "mean_answer_tokens": 1.0, "wall_s": 1.0},
+            {"kind": "evaluation", "version": version, "scores": [
+                {"task": f"t/{number}", "num_problems": 1, "samples_per_problem": 2, "num_correct": 1,
+                 "num_unparsed": 0, "num_truncated": 0, "confidence_95": [0.0, 1.0], "pass_at_k": {"1": 0.5, "2": 1.0},
+                 "categories": {name or "law": 0.5}, "mean_score": 1.0, "mean_answer_tokens": 1.0, "wall_s": 1.0}
+                for number in range(self._chance.choice((1, 32)))]},
             {"kind": "goodbye", "reason": ""},
             {"kind": "manifest_request", "version": version},
             {"kind": "chunk_request", "version": version, "index": 2**53},

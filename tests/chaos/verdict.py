@@ -109,9 +109,9 @@ def _check_lines(verdict: Verdict, run_dir: Path) -> None:
     steps = [line["step"] for line in read_lines(run_dir / "metrics.jsonl")]
     if steps != list(range(1, verdict.steps + 1)):
         verdict.violations.append(f"metrics.jsonl: {len(steps)} lines do not tell of steps 1 to {verdict.steps}")
-    evaluated = [line["step"] for line in read_lines(run_dir / "eval.jsonl")]
+    evaluated = [(line["step"], line["task"]) for line in read_lines(run_dir / "eval.jsonl")]
     if len(evaluated) != len(set(evaluated)):
-        verdict.violations.append("eval.jsonl: a step appears twice")
+        verdict.violations.append("eval.jsonl: a task of a step appears twice")
 
 
 def _check_receipts(verdict: Verdict, groups: dict[int, dict[str, Any]], logs: list[Path]) -> None:

@@ -1,0 +1,141 @@
+r"""The environment `math`: questions with a final answer, judged by math-verify on \boxed{…} or a stated answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from actors.environment import Judgement
+from actors.environments.answers import boxed_answer, gold_answer, is_same, stated_answer
+from actors.environments.comparer import COMPARER
+from actors.environments.comparison import Verdict
+from actors.environments.questions import Questions, columns_named, read_questions
+from actors.environments.rewards import Reward, reward_of
+from common.errors import OperatorError
+from common.tables import TEXT, TEXT_OR_NUMBER, TableRow, clip, take, take_if_any
+
+QUESTION_COLUMNS = ("question", "problem", "prompt", "Question", "Problem")
+ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "Answer", "solution")
+PROMPT_TEMPLATE = "{question}\n\nReason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass(frozen=True)
+class MathTask:
+    """A question with its right answer."""
+
+    question: str
+    answer: str
+    """Final and bare, as LaTeX without dollar signs: "72", "\\frac{1}{2}"."""
+    where: str = ""
+    """The row it was read from."""
+    category: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.question
+
+
+class MathProblems(Questions[MathTask]):
+    r"""Mathematics with given tasks. An answer is well formed that has a \boxed{…}."""
+
+    def __init__(
+        self,
+        *,
+        train: Sequence[MathTask],
+        held_out: Sequence[MathTask],
+        prompt_template: str = PROMPT_TEMPLATE,
+        system_prompt: str = "",
+        reward: str = Reward.BINARY,
+    ) -> None:
+        super().__init__(
+            train=train, held_out=held_out, prompt_template=prompt_template, system_prompt=system_prompt, reward=reward
+        )
+
+    def judge(self, task: MathTask, text: str, *, is_truncated: bool) -> Judgement:
+        boxed = boxed_answer(text)
+        stated = stated_answer(text) if boxed is None else None
+        verdict = _verdict(task.answer, boxed, stated)
+        reward = reward_of(
+            self._reward,
+            is_right=verdict is Verdict.SAME,
+            is_well_formed=boxed is not None,
+            has_answer=boxed is not None or stated is not None,
+            is_truncated=is_truncated,
+        )
+        return Judgement(reward, is_parsed=verdict is not Verdict.UNREADABLE)
+
+
+class Math(MathProblems):
+    """Mathematics from tables."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        source: str,
+        split: str = "train",
+        held_out_source: str = "",
+        held_out_split: str = "",
+        num_train_problems: int | None = None,
+        question_column: str = "",
+        answer_column: str = "",
+        category_column: str = "",
+        prompt_template: str = PROMPT_TEMPLATE,
+        system_prompt: str = "",
+        reward: str = Reward.BINARY,
+    ) -> None:
+        """The tables alone decide which task has which number, not the seed."""
+
+        def read(row: TableRow) -> MathTask:
+            return read_task(row, question=question_column, answer=answer_column, category=category_column)
+
+        tasks = read_questions(
+            read,
+            source=source,
+            split=split,
+            held_out_source=held_out_source,
+            held_out_split=held_out_split,
+            num_train_problems=num_train_problems,
+        )
+        super().__init__(
+            train=tasks.train,
+            held_out=tasks.held_out,
+            prompt_template=prompt_template,
+            system_prompt=system_prompt,
+            reward=reward,
+        )
+
+
+def read_task(row: TableRow, *, question: str = "", answer: str = "", category: str = "") -> MathTask:
+    r"""A row as a task; the usual columns where none is named. The answer may be a solution with \boxed{…} or ####."""
+    name = "environment.options.{}_column".format
+    asked = take(row, columns_named(question, QUESTION_COLUMNS), TEXT, name=name("question"))
+    columns = columns_named(answer, ANSWER_COLUMNS)
+    solution = take(row, columns, TEXT_OR_NUMBER, name=name("answer"))
+    gold = gold_answer(solution)
+    if gold is None:
+        expected = r"a bare answer of one line, or one in \boxed{} or after ####"
+        raise OperatorError(f"{row.where}: {' or '.join(columns)}: got {clip(solution)}, expected {expected}")
+    return MathTask(asked, gold, row.where, (take_if_any(row, [category], TEXT_OR_NUMBER) or "") if category else "")
+
+
+def _verdict(gold: str, boxed: str | None, stated: str | None) -> Verdict:
+    found = boxed if boxed is not None else stated
+    if found is None:
+        return Verdict.UNREADABLE
+    is_right = is_same(gold, found)
+    if is_right is not None:
+        return Verdict.SAME if is_right else Verdict.DIFFERENT
+    return _compare(gold.strip("$"), _in_markup(found, is_boxed=boxed is not None))
+
+
+@lru_cache(maxsize=4096)  # the answers of a group are much alike, and so are those that take long
+def _compare(gold: str, answer: str) -> Verdict:
+    return COMPARER.compare(gold, answer)
+
+
+def _in_markup(answer: str, *, is_boxed: bool) -> str:
+    """An answer as math-verify reads it: LaTeX between its marks, other text as it stands."""
+    if is_boxed:
+        return f"\\boxed{{{answer}}}"
+    is_marked = "\\" not in answer or any(mark in answer for mark in ("$", "\\(", "\\["))
+    return answer if is_marked else f"${answer}$"

@@ -1,0 +1,111 @@
+"""SFT-then-RL in one run: what becomes of optimizer, lr, version and leases where the one ends and the other begins."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from common.config.load import resolve_config
+from learner.ranks import Ranks
+from learner.trainer import Trainer
+from tests.runs import LocalRun, audit, import_experts, read_lines, run_module, write_config
+from tests.steps import CPU, some_rows
+
+SFT_STEPS, NUM_STEPS = 4, 8
+
+
+def write_two_phases(folder: Path, model: Path, **algorithm: object) -> Path:
+    config = write_config(
+        folder, model, run={"num_actors": 1}, actor={"engine": "simulated"}, eval={"every_steps": 2, "num_problems": 4},
+        algorithm={"preset": "sft_then_rl", "max_staleness": 1, **algorithm},
+        learner={
+            "num_steps": NUM_STEPS, "checkpoint_every_steps": 3, "keep_arrivals": True, "num_threads": 1,
+            "lr": 1e-3, "lr_after_sft": 1e-4, "lr_warmup_steps": 2, "lr_schedule": "linear",
+        },
+    )  # fmt: skip
+    import_experts(config)
+    return config
+
+
+def ledger_rows(folder: Path, query: str) -> list[tuple[object, ...]]:
+    with sqlite3.connect(f"file:{folder / 'ledger.sqlite'}?mode=ro", uri=True) as ledger:
+        return ledger.execute(query).fetchall()
+
+
+@pytest.fixture(scope="module")
+def two_phases(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in its first phase and again in its second; sft_steps is half of the run."""
+    with LocalRun(write_two_phases(tmp_path_factory.mktemp("two"), tiny_model)) as run:
+        for reached in (2, SFT_STEPS + 1):
+            run.wait_until(lambda reached=reached: run.num_steps_done() >= reached)
+            run.components()["learner"].kill()
+            run.wait_until(lambda reached=reached: run.num_steps_done() > reached)
+        run.finish()
+    return run.folder
+
+
+def test_mu_is_one_until_the_switch_and_zero_after_it(two_phases: Path) -> None:
+    lines = read_lines(two_phases / "metrics.jsonl")
+    assert [line["mu"] for line in lines] == [1.0] * SFT_STEPS + [0.0] * (NUM_STEPS - SFT_STEPS)
+    assert [bool(line["num_expert_tokens"]) for line in lines] == [True] * SFT_STEPS + [False] * 4
+    assert [bool(line["num_policy_tokens"]) for line in lines] == [False] * SFT_STEPS + [True] * 4
+
+
+def test_the_schedule_of_lr_begins_anew_at_the_switch(two_phases: Path) -> None:
+    lr = [line["lr"] for line in read_lines(two_phases / "metrics.jsonl")]
+    shape = [0.5, 1.0, 1.0, 0.5]  # two steps of warm-up, then down to 0
+    assert lr == pytest.approx([1e-3 * x for x in shape] + [1e-4 * x for x in shape])
+
+
+def test_nothing_is_leased_before_the_switch_and_all_of_it_is_trained_after_it(two_phases: Path) -> None:
+    (least,) = ledger_rows(two_phases, "SELECT min(min_version) FROM groups")
+    assert least == (SFT_STEPS,)
+    steps = ledger_rows(two_phases, "SELECT step, count(*) FROM groups WHERE state = 'trained' GROUP BY step")
+    assert steps == [(step, 2) for step in range(SFT_STEPS, NUM_STEPS)]
+    report = audit(two_phases)
+    assert (report["violations"], report["lost"], report["duplicates"]) == ([], 0, 0)
+
+
+def test_both_phases_are_repeated_bit_for_bit(two_phases: Path) -> None:
+    replayed = run_module("learner", "--replay", str(two_phases)).stdout
+    assert f"replayed steps 1 to {NUM_STEPS}: bit for bit, {NUM_STEPS} versions" in replayed
+
+
+def test_the_second_phase_begins_with_a_new_optimizer_on_the_published_weights(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = resolve_config(write_two_phases(tmp_path, tiny_model)).config
+    ranks, rows = Ranks(CPU), some_rows()
+
+    def after(weights: Path | None, *, num_earlier_steps: int) -> str:
+        trainer = Trainer(config, ranks, CPU)
+        for step in range(num_earlier_steps):
+            trainer.take(step, rows, mu=1.0)
+        if weights:
+            if not weights.exists():
+                save_file(trainer.published_tensors(), weights)
+            trainer.begin_anew(weights)
+        trainer.take(SFT_STEPS, rows, mu=0.0)
+        return trainer.parameters_hash()
+
+    weights = tmp_path / "weights.safetensors"
+    in_one_run = after(weights, num_earlier_steps=SFT_STEPS)
+    assert in_one_run == after(weights, num_earlier_steps=0)
+    assert in_one_run != after(None, num_earlier_steps=SFT_STEPS)
+
+
+def test_the_best_policy_goes_on_where_that_is_wanted(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_two_phases(tmp_path, tiny_model, sft_ends_with="best")
+    with LocalRun(config) as run:
+        run.finish()
+    (noted,) = ledger_rows(run.folder, "SELECT value FROM facts WHERE name = 'handover'")
+    choice = json.loads(str(noted[0]))
+    evaluated = {line["step"]: line["accuracy"] for line in read_lines(run.folder / "eval.jsonl")}
+    of_sft = {step: accuracy for step, accuracy in evaluated.items() if step <= SFT_STEPS}
+    assert choice["chosen"] == max(of_sft, key=lambda step: (of_sft[step], step))
+    assert [path.stem for path in (run.folder / "sft").iterdir()] == [f"{choice['chosen']:08d}"]
+    hashes = dict(ledger_rows(run.folder, "SELECT step, hash FROM versions"))
+    assert hashes[SFT_STEPS] == hashes[choice["chosen"]]
+    assert audit(run.folder)["violations"] == []
