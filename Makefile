@@ -7,13 +7,14 @@ MODEL := models/smollm2-135m
 DEMO := deploy/recipes/demo.toml
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: help demo test check fix chaos soak
+.PHONY: help demo test check fix pitfalls chaos soak
 
 help:
 	@echo "make demo   train SmolLM2-135M to add and subtract, from nothing to a summary"
 	@echo "make test   every test"
 	@echo "make check  format, lint and types"
 	@echo "make fix    format and mend what can be mended"
+	@echo "make pitfalls  plant every known mistake of CHORD implementations in a copy; the tests must notice each"
 	@echo "make chaos  kill, stop, cut off, starve and damage real runs for an hour; nothing may be lost"
 	@echo "make soak   an hour of light faults and hostile connections; memory must not grow"
 
@@ -32,6 +33,9 @@ check: $(READY)
 fix: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+pitfalls: $(READY)
+	$(BIN)/python -m tests.pitfalls
 
 chaos: $(READY)
 	$(BIN)/python -m tests.chaos
