@@ -110,7 +110,7 @@ def test_memory_in_the_comments_is_what_parameters_and_ranks_make(name: str) -> 
     """In GB: parameters, float32 copy and moments, all that a rank holds (tools: with 8,192 tokens of activations)."""
     text, num_ranks, billions = path_of(name).read_text(), recipe(name).learner.num_ranks, BILLIONS[name]
     parameters, moments = 2 * billions, 12 * billions
-    activations = 8192 * 3.7e-3 if name == TOOLS else 0.0
+    activations = 8192 * 0.3e-3 if name == TOOLS else 0.0
     held = parameters + (moments + parameters) / num_ranks + 3 + activations
     assert f" {parameters:.1f}" in text
     assert f" {moments:.1f} / R" in text
