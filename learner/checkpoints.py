@@ -7,7 +7,6 @@ the pointer does not name yet does not count.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import OperatorError
+from learner.durable import sync
 
 log = logging.getLogger(__name__)
 
@@ -84,14 +84,14 @@ class Checkpoints:
         manifest = {"step": step, "parameters_hash": parameters_hash, "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for file in _files(partial):
-            _sync(file)
+            sync(file)
         for folder in [partial, *[path for path in partial.rglob("*") if path.is_dir()]]:
-            _sync(folder)
+            sync(folder)
         final = self.path_of(step)
         if final.exists():
             self._forget(final)
         partial.rename(final)
-        _sync(self._folder)
+        sync(self._folder)
         self._point_to(final.name)
         self._damaged.discard(step)
         oldest = self._kept()[0].step
@@ -182,9 +182,9 @@ class Checkpoints:
     def _point_to(self, name: str) -> None:
         partial = self._folder / f".partial-{POINTER}"
         partial.write_text(f"{name} {_digest(name)}")
-        _sync(partial)
+        sync(partial)
         partial.rename(self._folder / POINTER)
-        _sync(self._folder)
+        sync(self._folder)
 
     def _damage(self, checkpoint: Checkpoint) -> Iterator[str]:
         try:
@@ -219,11 +219,3 @@ def _describe(path: Path) -> dict[str, object]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
     return {"num_bytes": path.stat().st_size, "hash": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ from pathlib import Path
 from common.config.schema import Config
 from common.errors import OperatorError
 from common.weights.snapshot import Snapshot, read_snapshot
+from learner.durable import sync
 from learner.ledger.ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,8 @@ class Handover:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         os.link(snapshot.path, path)
-        _sync(path)
-        _sync(path.parent)
+        sync(path)
+        sync(path.parent)
         self._forget_all_but(self._may_win())
 
     def _is_candidate(self, step: int) -> bool:
@@ -122,11 +123,3 @@ class Handover:
     def _forget_all_but(self, steps: set[int]) -> None:
         for step in set(self._kept()) - steps:
             kept_policy(self._config, step).unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
