@@ -36,6 +36,11 @@ class Trajectory:
     def num_answer_tokens(self) -> int:
         return int((self.versions != NOT_SAMPLED).sum())
 
+    @property
+    def num_last_answer_tokens(self) -> int:
+        """Of the last turn alone; 0 where the last word is the environment's."""
+        return int((self.versions[::-1] == NOT_SAMPLED).argmax())
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrajectoryGroup:

@@ -76,7 +76,8 @@ def expert_row(demonstration: Demonstration, *, aggregation: Aggregation) -> Row
 
 def loss_weights(mask: NDArray[np.float32], aggregation: Aggregation) -> NDArray[np.float32]:
     """[T] weights whose sum over the step is the denominator of its half: of a sequence mean, the sequences."""
-    return mask if aggregation == "token_mean" else mask / max(mask.sum(), 1.0)
+    total = mask.sum()
+    return mask if aggregation == "token_mean" or total == 0 else mask / total
 
 
 def unshare(rows: Iterable[Row]) -> list[Row]:

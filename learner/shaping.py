@@ -47,7 +47,7 @@ class Shaping:
         if self.overlong == "penalty":
             return torch.where(is_truncated, OVERLONG_REWARD, rewards)
         if self.overlong == "soft_penalty":
-            lengths = torch.tensor([t.num_answer_tokens for t in group.trajectories])
+            lengths = torch.tensor([t.num_last_answer_tokens for t in group.trajectories])
             return rewards + soft_overlong_penalty(
                 lengths, max_tokens=self.max_tokens, buffer_tokens=self.buffer_tokens
             )

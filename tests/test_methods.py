@@ -145,6 +145,15 @@ def test_the_soft_penalty_begins_below_the_limit() -> None:
     assert found == pytest.approx((torch.tensor([1.0, 0.75, 0.25, 0.0]) - 0.5).tolist())
 
 
+def test_the_soft_penalty_looks_at_the_last_answer_of_a_conversation() -> None:
+    short = group([1.0], [6]).trajectories[0]
+    versions = np.array([NOT_SAMPLED, *[0] * 9, NOT_SAMPLED, *[0] * 5], dtype=np.int32)
+    long = Trajectory(versions + 2, versions * 0.0, versions * 0.0, versions, 1.0, is_truncated=False)
+    assert (long.num_answer_tokens, long.num_last_answer_tokens) == (14, 5)
+    shaping = Shaping(scale="none", overlong="soft_penalty", max_tokens=MAX_TOKENS, buffer_tokens=4)
+    assert shaping.advantages(TrajectoryGroup("1", 1, (short, long))).tolist() == [0.0, 0.0]
+
+
 def test_a_signal_is_an_advantage_other_than_0() -> None:
     for overlong, rewards, lengths, expected in [
         ("keep", [1.0, 1.0], [3, 10], False),
