@@ -83,7 +83,12 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_policy_model(
-    path: Path, *, dtype: torch.dtype, head_chunk_tokens: int, weights: Path | None = None
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    head_chunk_tokens: int,
+    recompute_activations: bool = False,
+    weights: Path | None = None,
 ) -> PolicyModel:
     """The policy of a Hugging Face folder, with the weights of a published version in place of the folder's, if given.
 
@@ -102,6 +107,8 @@ def load_policy_model(
         raise OperatorError(f"model.path: {path}: {str(error).splitlines()[0]}") from error
     if weights:
         _take_over(lm, load_file(weights))
+    if recompute_activations:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PolicyModel(lm, head_chunk_tokens=head_chunk_tokens).train()
     check_architecture(model)
     return model

@@ -57,6 +57,7 @@ class Trainer:
             Path(self._config.model.path),
             dtype=getattr(torch, self._config.model.dtype),
             head_chunk_tokens=learner.head_chunk_tokens,
+            recompute_activations=learner.recompute_activations,
             weights=weights,
         )
         model.compute_dtype = resolve_compute_dtype(learner.compute_dtype, self._device)

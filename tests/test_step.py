@@ -103,6 +103,23 @@ def test_the_gradient_is_the_same_for_every_split_into_micro_batches(
     assert_close(gradients(model, [build_batch(some) for some in micro_batches(parts, budget)], **counts), whole)
 
 
+def test_recomputed_activations_give_the_same_gradient_and_are_not_kept(model_path: Path) -> None:
+    def run(*, recompute_activations: bool) -> tuple[dict[str, Tensor], int]:
+        model = load_policy_model(
+            model_path, dtype=torch.float32, head_chunk_tokens=16, recompute_activations=recompute_activations
+        )
+        kept = list[int]()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            logprobs, _ = model(build_batch(some_rows()))
+        logprobs.sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, sum(kept)
+
+    plain, kept_bytes = run(recompute_activations=False)
+    again, kept_again_bytes = run(recompute_activations=True)
+    assert_close(again, plain, tolerance=1e-6)
+    assert kept_again_bytes < 0.6 * kept_bytes
+
+
 def test_the_gradient_does_not_depend_on_the_order_of_rows(model: PolicyModel) -> None:
     rows = some_rows()
     counts = token_counts(rows)

@@ -197,6 +197,9 @@ class Learner(Section):
         description="precision of the decoder's matrix products; auto takes bfloat16 where hardware has units for it",
     )
     micro_batch_tokens: Positive = Field(4096, description="token budget of one forward pass, padding counted")
+    recompute_activations: bool = Field(
+        False, description="keep each layer's input only and compute the rest again in the backward pass: less memory"
+    )
     head_chunk_tokens: Positive = Field(512, description="positions whose vocabulary logits exist at a time")
     effective_mu_every_steps: Count = Field(
         20,

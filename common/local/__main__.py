@@ -13,7 +13,6 @@ from rich.live import Live
 from rich.text import Text
 
 from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command
-from common.config.load import resolve_config
 from common.config.schema import Config
 from common.environments import find_environment
 from common.errors import OperatorError
@@ -39,8 +38,8 @@ def local(
     fresh: bool = typer.Option(False, "--fresh", help="Delete an earlier run in run.dir and begin anew."),
 ) -> None:
     """Run learner, run.num_actors actors and an evaluator until learner.num_steps steps are done."""
-    require_parts(resolve_config(config, overrides or ()).config)
     resolved = resolve_or_check(config, overrides, check=check).config
+    require_parts(resolved)
     run_dir = RunDir(Path(resolved.run.dir))
     if fresh:
         run_dir.clear()

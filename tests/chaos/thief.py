@@ -13,7 +13,7 @@ from tests.chaos.payloads import good_messages, mutate
 
 ANSWER_MS = 2000
 """Longest time for an answer that is needed to go on."""
-PATIENCE_MS = 20
+PATIENCE_MS = 5
 """Longest time for an answer to a damaged message: most end the connection instead."""
 CAPACITY = 2
 """Leases asked for: enough to abuse, too few to hold up the run."""

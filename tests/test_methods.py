@@ -1,0 +1,244 @@
+"""Methods as users choose them: every preset to its end from one word, and what becomes of rewards on the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.config.load import resolve_config
+from common.errors import ConfigError
+from common.trajectory import NOT_SAMPLED, Trajectory, TrajectoryGroup
+from learner.ledger.ledger import DropReason, Ledger, Sample
+from learner.metrics import GAUGES
+from learner.objective.advantages import group_advantages
+from learner.schedule import lr_of, mu_of
+from learner.shaping import Shaping
+from tests.runs import LocalRun, audit, import_experts, read_lines, read_summary, run_module, write_config
+
+MAX_TOKENS = 10
+
+MU = {
+    "sft": [1.0] * 4,
+    "dft": [1.0] * 4,
+    "grpo": [0.0] * 4,
+    "sft_then_rl": [1.0, 1.0, 0.0, 0.0],
+    "chord_mu": [0.05 + 0.85 * 0.5 * (1 + np.cos(np.pi * step / 200)) for step in range(4)],
+    "chord_phi": [0.1] * 4,
+}
+
+
+REPORTED = {
+    "policy_loss", "expert_loss", "mu", "mu_effective", "expert_phi_mean", "expert_p_lt_01_frac", "expert_p_gt_09_frac",
+    "policy_ess_frac", "policy_masked_frac", "policy_clip_frac", "policy_mismatch_kl", "policy_entropy", "grad_norm",
+    "staleness_histogram", "sampled_answer_tokens_mean", "trained_answer_tokens_mean",
+}  # fmt: skip
+"""What the paper's readers want to see of each step; Prometheus has it too."""
+
+
+def test_prometheus_has_whatever_is_reported_of_a_step() -> None:
+    assert REPORTED - {"staleness_histogram"} <= GAUGES.keys()  # that one is a histogram there
+
+
+@pytest.mark.parametrize("preset", MU)
+def test_every_preset_runs_to_its_end_from_one_word(preset: str, tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_model, actor={"engine": "simulated"}, eval={"every_steps": 0})
+    import_experts(config)
+    with LocalRun(config, f"algorithm.preset={preset}") as run:
+        run.finish()
+    lines = read_lines(run.folder / "metrics.jsonl")
+    assert [line["mu"] for line in lines] == pytest.approx(MU[preset])
+    assert [line["num_policy_tokens"] > 0 for line in lines] == [mu < 1 for mu in MU[preset]]
+    assert [line["num_expert_tokens"] > 0 for line in lines] == [mu > 0 for mu in MU[preset]]
+    assert lines[0]["mu_effective"] == pytest.approx({"sft": 1, "dft": 1, "sft_then_rl": 1}.get(preset, 0.5), abs=0.5)
+    assert [name for name in (*REPORTED, *GAUGES) if name not in lines[0]] == []
+    report = audit(run.folder)
+    assert (report["violations"], report["lost"], report["duplicates"]) == ([], 0, 0)
+    assert (run.folder / "final" / "model.safetensors").exists()
+
+
+def test_dft_weighs_expert_tokens_by_their_probability_and_sft_does_not() -> None:
+    weighting = {name: resolve_config(None, [f"algorithm.preset={name}"]).config.algorithm for name in MU}
+    assert {name: found.expert_weighting for name, found in weighting.items()} == {
+        "sft": "none", "dft": "is", "grpo": "none", "sft_then_rl": "none", "chord_mu": "none", "chord_phi": "phi",
+    }  # fmt: skip
+
+
+def test_check_prints_the_values_that_a_preset_stands_for() -> None:
+    said = run_module("common.local", "--check", "algorithm.preset=chord_phi", "algorithm.mu_peak=0.2",
+                      "algorithm.mu_valley=0.2").stdout  # fmt: skip
+    lines = {line.split(" = ")[0]: line for line in said.splitlines()}
+    assert lines["algorithm.expert_weighting"].split(" = ")[1].split("#")[0].strip() == '"phi"'
+    assert lines["algorithm.expert_weighting"].endswith("# preset chord_phi")
+    assert lines["algorithm.mu_peak"].endswith("# override")
+
+
+def test_groups_without_a_signal_are_dropped_and_replaced_exactly(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, tiny_model, actor={"engine": "simulated"}, eval={"every_steps": 0},
+        algorithm={"preset": "grpo", "zero_variance": "drop", "group_size": 8, "max_staleness": 2},
+        sampling={"max_tokens": 8}, learner={"num_steps": 4},
+    )  # fmt: skip
+    with LocalRun(config) as run:
+        run.finish()
+    lines = read_lines(run.folder / "metrics.jsonl")
+    assert [(line["num_groups"], line["groups_with_signal_frac"]) for line in lines] == [(2, 1.0)] * 4
+    report = audit(run.folder)
+    assert report["dropped"]["zero_variance"] > 0
+    assert (report["violations"], report["lost"]) == ([], 0)
+    assert read_summary(run.folder)["max_staleness_trained"] <= 2
+
+
+def test_mu_follows_the_reward_where_a_target_is_given(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, tiny_model, actor={"engine": "simulated"}, eval={"every_steps": 0}, algorithm={"mu_target": 0.4}
+    )
+    import_experts(config)
+    with LocalRun(config) as run:
+        run.finish()
+    lines = read_lines(run.folder / "metrics.jsonl")
+    assert [line["mu"] for line in lines] == pytest.approx([max(0.0, 0.4 - line["reward_mean"]) for line in lines])
+
+
+# Rewards
+
+
+def group(rewards: list[float], lengths: list[int]) -> TrajectoryGroup:
+    """Answers of so many tokens; those of MAX_TOKENS were cut off."""
+
+    def trajectory(reward: float, length: int) -> Trajectory:
+        sampled = np.arange(length + 1) > 0
+        return Trajectory(
+            tokens=np.ones(length + 1, dtype=np.int32),
+            logprobs=np.where(sampled, -1.0, 0.0).astype(np.float32),
+            mask=sampled.astype(np.float32),
+            versions=np.where(sampled, 0, NOT_SAMPLED).astype(np.int32),
+            reward=reward,
+            is_truncated=length >= MAX_TOKENS,
+        )
+
+    return TrajectoryGroup("1", 1, tuple(map(trajectory, rewards, lengths)))
+
+
+def advantages(overlong: Any, rewards: list[float], lengths: list[int]) -> list[float]:
+    shaping = Shaping(scale="none", overlong=overlong, max_tokens=MAX_TOKENS, buffer_tokens=4)
+    return shaping.advantages(group(rewards, lengths)).tolist()
+
+
+def test_overlong_answers_keep_their_reward_unless_told_otherwise() -> None:
+    assert advantages("keep", [1.0, 0.0], [3, 10]) == [0.5, -0.5]
+
+
+def test_the_penalty_is_minus_1_whatever_an_overlong_answer_was_scored() -> None:
+    assert advantages("penalty", [1.0, 1.0], [3, 10]) == [1.0, -1.0]
+
+
+def test_a_masked_answer_has_no_gradient_and_leaves_the_others_as_they_are() -> None:
+    assert advantages("mask", [1.0, 0.0, 0.5], [3, 10, 4]) == [0.5, 0.0, 0.0]
+
+
+def test_the_soft_penalty_begins_below_the_limit() -> None:
+    # Free up to 6 tokens, then a quarter for each further one; equation 13 of the DAPO paper.
+    found = advantages("soft_penalty", [1.0, 1.0, 1.0, 1.0], [6, 7, 9, 10])
+    assert found == pytest.approx((torch.tensor([1.0, 0.75, 0.25, 0.0]) - 0.5).tolist())
+
+
+def test_a_signal_is_an_advantage_other_than_0() -> None:
+    for overlong, rewards, lengths, expected in [
+        ("keep", [1.0, 1.0], [3, 10], False),
+        ("penalty", [1.0, 1.0], [3, 10], True),
+        ("mask", [0.5, 0.5], [3, 10], False),
+        ("mask", [1.0, 0.0, 0.5], [10, 10, 4], False),
+        ("keep", [1.0, 0.0], [3, 3], True),
+    ]:
+        shaping = Shaping(scale="std", overlong=overlong, max_tokens=MAX_TOKENS, buffer_tokens=4)  # pyright: ignore
+        assert shaping.has_signal(group(rewards, lengths)) is expected, (overlong, rewards)
+
+
+def test_without_shaping_advantages_are_those_of_the_paper() -> None:
+    rewards = [1.0, 0.0, 0.0, -1.0]
+    shaping = Shaping(scale="std", overlong="keep", max_tokens=MAX_TOKENS, buffer_tokens=0)
+    found = shaping.advantages(group(rewards, [3, 10, 4, 5]))
+    assert torch.equal(found, group_advantages(torch.tensor(rewards)))
+
+
+# The ledger
+
+
+def test_a_dropped_group_is_acknowledged_and_its_place_goes_to_another_prompt(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite", groups_per_step=1, max_staleness=0)
+    first = ledger.lease("a", "s", capacity=5, serving_step=0, held=())
+    assert len(first) == 1
+    sample = Sample(0, 2, 6, 0.0, 1.0)
+    outcome, _ = ledger.commit(first[0].lease_id, b"body", sample, drop=DropReason.ZERO_VARIANCE)
+    assert outcome == "committed"
+    assert ledger.account.dropped() == {"zero_variance": 1}
+    second = ledger.lease("a", "s", capacity=5, serving_step=0, held=())
+    assert [lease.prompt_index for lease in second] == [1]
+    ledger.close()
+
+
+def test_nothing_is_leased_before_the_first_step_that_trains_on_groups(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite", groups_per_step=2, max_staleness=1, num_steps=6, first_step=4)
+    granted = [len(ledger.lease("a", f"s{step}", capacity=9, serving_step=step, held=())) for step in (0, 3, 4, 5)]
+    assert granted == [0, 0, 4, 0]  # two steps' worth, as staleness 1 allows, which is all that 6 steps take
+    ledger.close()
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["algorithm.preset=chord"], ["algorithm.preset", 'got "chord"', "'sft_then_rl'"]),
+        (["algorithm.correction=none"], ["algorithm.correction", 'got "none"', "allow_uncorrected"]),
+        (["algorithm.group_size=1"], ["algorithm.group_size", "got 1"]),
+        (["algorithm.mu_decay_steps=0"], ["algorithm.mu_decay_steps", "got 0 with mu_peak 0.9"]),
+        (["expert.rows_per_step=0"], ["expert.rows_per_step", "got 0", "μ > 0"]),
+        (["sampling.top_p=0.9"], ["sampling.top_p", "got 0.9", "eval.top_p"]),
+        (["sampling.top_k=50"], ["sampling.top_k", "got 50", "eval.top_k"]),
+        (["algorithm.preset=sft_then_rl", "learner.num_steps=1"], ["learner.num_steps", "got 1"]),
+        (["algorithm.preset=sft_then_rl", "algorithm.sft_steps=0"], ["algorithm.sft_steps", "got 0"]),
+        (["algorithm.sft_steps=100"], ["algorithm.sft_steps", "got 100", "learner.num_steps (100)"]),
+        (["algorithm.preset=grpo", "algorithm.mu_target=0.5"], ["algorithm.mu_target", "got 0.5"]),
+        (["algorithm.preset=dft", "algorithm.mu_peak=0.5"], ["algorithm.mu_peak", "got 0.5", "dft"]),
+        (["algorithm.overlong=soft_penalty"], ["algorithm.overlong_buffer_tokens", "got 0"]),
+        (
+            ["algorithm.preset=sft_then_rl", "algorithm.sft_ends_with=best", "eval.every_steps=0"],
+            ["eval.every_steps", "got 0"],
+        ),
+    ],
+)
+def test_what_would_train_something_else_than_it_says_is_refused(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        resolve_config(None, overrides)
+    (line,) = refused.value.lines
+    assert [word for word in words if word not in line] == [], line
+
+
+def test_uncorrected_training_is_allowed_where_it_is_asked_for() -> None:
+    config = resolve_config(None, ["algorithm.correction=none", "algorithm.allow_uncorrected=true"]).config
+    assert config.algorithm.max_staleness > 0
+
+
+def test_schedules_begin_anew_after_the_supervised_steps() -> None:
+    overrides = [
+        "algorithm.preset=chord_mu", "algorithm.sft_steps=10", "learner.num_steps=310", "learner.lr=1e-5",
+        "learner.lr_after_sft=1e-6", "learner.lr_schedule=linear",
+    ]  # fmt: skip
+    config = resolve_config(None, overrides).config
+    assert [mu_of(config, step, mean_reward=0.0) for step in (9, 10, 210, 300)] == pytest.approx([1.0, 0.9, 0.05, 0.05])
+    assert [lr_of(config, step) for step in (0, 5, 10, 160)] == pytest.approx([1e-5, 0.5e-5, 1e-6, 0.5e-6])
+
+
+def test_a_preset_in_the_saved_configuration_means_the_same_again(tmp_path: Path) -> None:
+    from common.config.load import to_toml_document
+
+    for preset in MU:
+        config = resolve_config(None, [f"algorithm.preset={preset}"]).config
+        path = tmp_path / f"{preset}.toml"
+        path.write_text(to_toml_document(config))
+        assert json.loads(resolve_config(path).config.model_dump_json()) == json.loads(config.model_dump_json())
