@@ -56,7 +56,7 @@ PITFALLS = (
         needs_two_ranks=True,
     ),
     Pitfall(
-        "a step for every micro-batch", STEP,
+        "gradients are reduced after every micro-batch, not once a step", STEP,
         "self._engine.set_gradient_accumulation_boundary(number == num_micro_batches)",
         "self._engine.set_gradient_accumulation_boundary(True)",
     ),
@@ -78,8 +78,7 @@ PITFALLS = (
     Pitfall(
         "a size typed by hand: the rank count", STEP,
         "self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * self._ranks.count)",
-        "self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * 1)",
-        needs_two_ranks=True,
+        "self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * 2)",
     ),
     Pitfall(
         "a size typed by hand: expert tokens", STEP,
