@@ -87,7 +87,7 @@ PITFALLS = (
     ),
     Pitfall(
         "a sequence mean that divides by all positions", ROWS,
-        "mask / max(mask.sum(), 1.0)",
+        "mask / total",
         "mask / len(mask)",
     ),
     Pitfall(
