@@ -5,6 +5,7 @@ configuration's `environment.options`.
 """
 
 import asyncio
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,4 +119,13 @@ def make_environment(name: str, *, seed: int, options: dict[str, Any]) -> Enviro
     try:
         return offer.load()(seed=seed, **options)
     except TypeError as error:
-        raise ConfigError([f"environment.options: {name}: {error}"]) from error
+        raise ConfigError([f"environment.options: {name}: {_plainly(str(error))}"]) from error
+
+
+def _plainly(said: str) -> str:
+    """What Python says of arguments, in the words of whoever wrote the options."""
+    if unknown := re.search(r"unexpected keyword argument (\S+)", said):
+        return f"got {unknown[1]}, expected options that it has"
+    if missing := re.search(r"missing \d+ required keyword-only arguments?: (.+)", said):
+        return f"got no {missing[1]}, expected it"
+    return said

@@ -423,8 +423,8 @@ def test_a_row_that_is_no_question_is_told_in_one_line(
     [
         ({"reward": "ternary"}, 'environment.options.reward: got "ternary", expected "binary" or "four_level"'),
         ({"prompt_template": "Q: {}"}, 'prompt_template: got "Q: {}", expected text with {question} where'),
-        ({"num_train_problems": 0}, "environment.options.num_train_problems: got 0, expected at least 1"),
-        ({"colour": "red"}, "environment.options: math: Math.__init__() got an unexpected keyword argument 'colour'"),
+        ({"num_train_problems": 0}, "environment.options.num_train_problems: got 0, expected a whole number"),
+        ({"colour": "red"}, "environment.options: math: got 'colour', expected options that it has"),
         (
             {"held_out_source": "sums.jsonl"},
             "environment.options.source: sums.jsonl: got 9 rows, none of them to train",

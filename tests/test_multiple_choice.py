@@ -224,7 +224,7 @@ def test_equal_questions_with_other_options_are_tasks_of_their_own_on_one_side(t
         ({"prompt_template": "?"}, 'environment.options.prompt_template: got "?", expected text with {question}'),
         (
             {"category": "x"},
-            "environment.options: multiple_choice: MultipleChoice.__init__() got an unexpected keyword",
+            "environment.options: multiple_choice: got 'category', expected options that it has",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from actors.environments.comparison import Verdict
 from actors.environments.questions import Questions, columns_named, read_questions
 from actors.environments.rewards import Reward, reward_of
 from common.errors import OperatorError
-from common.tables import TEXT, TEXT_OR_NUMBER, TableRow, clip, take, take_if_any
+from common.tables import TEXT, TEXT_OR_NUMBER, TableRow, clip, take
 
 QUESTION_COLUMNS = ("question", "problem", "prompt", "Question", "Problem")
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "Answer", "solution")
@@ -115,7 +115,8 @@ def read_task(row: TableRow, *, question: str = "", answer: str = "", category: 
     if gold is None:
         expected = r"a bare answer of one line, or one in \boxed{} or after ####"
         raise OperatorError(f"{row.where}: {' or '.join(columns)}: got {clip(solution)}, expected {expected}")
-    return MathTask(asked, gold, row.where, (take_if_any(row, [category], TEXT_OR_NUMBER) or "") if category else "")
+    found = take(row, (category,), TEXT_OR_NUMBER, name=name("category")) if category else ""
+    return MathTask(asked, gold, row.where, found)
 
 
 def _verdict(gold: str, boxed: str | None, stated: str | None) -> Verdict:

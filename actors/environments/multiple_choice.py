@@ -143,8 +143,11 @@ def read_task(
     if letter is None:
         expected = f"a letter from A to {ascii_uppercase[len(choices) - 1]}, an index from 0, or one of the options"
         raise OperatorError(f"{row.where}: {' or '.join(columns)}: got {clip(given)}, expected {expected}")
-    kept = take_if_any(row, columns_named(category, CATEGORY_COLUMNS), TEXT_OR_NUMBER)
-    return ChoiceTask(asked, tuple(choices), letter, row.where, kept or "")
+    if category:
+        found = take(row, (category,), TEXT_OR_NUMBER, name=name("category"))
+    else:
+        found = take_if_any(row, CATEGORY_COLUMNS, TEXT_OR_NUMBER) or ""
+    return ChoiceTask(asked, tuple(choices), letter, row.where, found)
 
 
 def stated_letter(text: str, letters: str) -> str | None:

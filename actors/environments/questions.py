@@ -86,9 +86,9 @@ def read_questions(
     Held out is the table `held_out_source`, or another split of `source`, or else one question of `source` in four.
     Raises OperatorError at the first row that `read` refuses, and where nothing is left to train on.
     """
-    if num_train_problems is not None and num_train_problems < 1:
-        got = f"environment.options.num_train_problems: got {num_train_problems}"
-        raise ConfigError([f"{got}, expected at least 1, or nothing for all"])
+    if num_train_problems is not None and not (type(num_train_problems) is int and num_train_problems >= 1):
+        got = f"environment.options.num_train_problems: got {num_train_problems!r}"
+        raise ConfigError([f"{got}, expected a whole number of at least 1, or nothing for all"])
     rows = [read(row) for row in read_table(source, split=split)]
     if held_out_source or held_out_split:
         table = read_table(held_out_source or source, split=held_out_split or "test")

@@ -9,6 +9,7 @@ from actors.environment import Environment, make_environment
 from actors.evaluator.benchmarks import load_benchmark
 from common.config.evaluation import PROCEDURAL
 from common.config.schema import Config
+from common.config.schema import Environment as EnvironmentConfig
 from common.errors import ConfigError, OperatorError
 
 
@@ -44,12 +45,14 @@ def name_of_held_out(config: Config) -> str:
 
 def _held_out(config: Config) -> EvaluationTask:
     options = config.environment.options
+    if not options and config.environment == EnvironmentConfig():
+        raise ConfigError(["environment: got none, expected one in --config, or benchmarks alone (--benchmark NAME)"])
     environment = make_environment(config.environment.name, seed=config.run.seed, options=options)
     num_problems = config.eval.num_problems
     try:
         environment.episode("held_out", num_problems - 1)
     except IndexError as error:
-        raise OperatorError(f"eval.num_problems: got {num_problems}, expected fewer: {error}") from error
+        raise OperatorError(f"eval.num_problems: got {num_problems}, expected as many as there are: {error}") from error
     return EvaluationTask(name_of_held_out(config), environment, range(num_problems))
 
 

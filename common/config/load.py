@@ -31,7 +31,8 @@ class ResolvedConfig:
         """One line per value: `section.key = value  # origin`."""
         values = self.config.model_dump(mode="json")
         return [
-            f"{section}.{key} = {to_toml(value):<24} # {self.origins.get((section, key), 'default')}"
+            f"{section}.{key} = {'unset' if value is None else to_toml(value):<24} # "
+            f"{self.origins.get((section, key), 'default')}"
             for section, keys in values.items()
             for key, value in keys.items()
         ]

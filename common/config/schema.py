@@ -150,7 +150,7 @@ class Algorithm(Section):
             raise ValueError(
                 'algorithm.sft_steps: got 0 with preset "sft_then_rl", expected at least 1, or leave it out'
             )
-        if self.mu_decay_steps == 0 and self.mu_peak != self.mu_valley:
+        if self.mu_target is None and self.mu_decay_steps == 0 and self.mu_peak != self.mu_valley:
             raise ValueError(
                 f"algorithm.mu_decay_steps: got 0 with mu_peak {self.mu_peak} and mu_valley {self.mu_valley}, "
                 "expected a decay of at least 1 step, or peak equal to valley"
