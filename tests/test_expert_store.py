@@ -380,7 +380,7 @@ def test_columns_prompt_and_system_prompt_are_as_asked_for(tmp_path: Path) -> No
             " others)",
         ),
         ({"question": "x", "answer": 3}, "answer: got 3, expected a valid string"),
-        ({"conversations": "x"}, 'conversations: got "x", expected a valid tuple'),
+        ({"conversations": "x"}, 'conversations: got "x", expected a list of turns'),
         ({"conversations": ["x"]}, 'conversations[0]: got "x", expected a valid dictionary or instance of ChatMessage'),
         (
             {"conversations": [{"from": "bot", "value": "x"}]},

@@ -18,7 +18,7 @@ from learner.expert.store import NewRow
 
 MAX_LISTED = 20
 """Bad rows that are listed; the others are only counted."""
-_EXPECTED = {"missing": "text", "extra_forbidden": "no keys but role and content"}
+_EXPECTED = {"tuple_type": "a list of turns", "missing": "text", "extra_forbidden": "no keys but role and content"}
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 """Of turns that have "from" and "value"; other roles keep their names."""
 _NAMING = "--messages-column, --prompt-column and --response-column name others"
