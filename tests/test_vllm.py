@@ -126,6 +126,22 @@ def test_log_probs_are_those_of_the_loaded_weights_at_the_temperature(bench: Ben
         assert_replays(answer, [index, 9], bench.folders, temperature=0.7)
 
 
+def test_filters_for_evaluation_leave_only_the_likeliest_tokens(bench: Bench):
+    """The likeliest token alone is left by top-k of 1, and by a top-p below the smallest possible largest p."""
+
+    async def run() -> list[Answer]:
+        await bench.engine.load(bench.snapshots[1])
+        kinds = [
+            SamplingParameters(0.0, 30), SamplingParameters(1.0, 30, top_k=1), SamplingParameters(1.0, 30, top_p=1e-3),
+        ]  # fmt: skip
+        return await asyncio.gather(*(bench.engine.sample([3, 9], kind) for kind in kinds))
+
+    greedy, *filtered = bench.run(run)
+    for answer in filtered:
+        assert answer.tokens.tolist() == greedy.tokens.tolist()
+        np.testing.assert_allclose(answer.logprobs, 0.0, atol=1e-6)  # of the distribution that it was drawn from
+
+
 def test_answers_end_with_an_end_token_or_at_their_limit(bench: Bench):
     async def run() -> list[Answer]:
         await bench.engine.load(bench.snapshots[1])
