@@ -16,6 +16,8 @@ from common.config.schema import Config
 from common.errors import OperatorError
 from common.wire.messages import TaskScore
 
+TELL_S = 1.0
+"""Between two reports of how far it has come, at least."""
 SEED_BYTES = 6
 """Seeds below 2^48: every engine takes them."""
 
@@ -53,7 +55,7 @@ class Evaluation:
         show: Callable[[Progress], None] = lambda _: None,
         keep: Callable[[Sequence[Sample]], None] = lambda _: None,
     ) -> None:
-        """`show` is called after each answer, `keep` with the samples of each task once it is done."""
+        """`show` is called after each answer and each second, `keep` with the samples of each task once it is done."""
         self._plan = plan
         self._rollout = rollout
         self._show = show
@@ -82,12 +84,21 @@ class Evaluation:
                 samples.append(await self._answer(task, problem, number))
                 self._show(Progress(task.name, len(samples), num_answers))
 
+        async def tell() -> None:
+            """However long the next answer takes."""
+            while True:
+                await asyncio.sleep(TELL_S)
+                self._show(Progress(task.name, len(samples), num_answers))
+
+        telling = asyncio.create_task(tell(), name="progress")
         try:
             async with asyncio.TaskGroup() as running:
                 for _ in range(min(self._plan.max_concurrency, num_answers)):
                     running.create_task(work())
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
+        finally:
+            telling.cancel()
         return sorted(samples, key=lambda sample: (sample.problem, sample.sample))
 
     async def _answer(self, task: EvaluationTask, problem: int, number: int) -> Sample:
