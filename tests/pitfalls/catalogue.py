@@ -169,7 +169,7 @@ PITFALLS = (
     ),
     Pitfall(
         "a decay of 0 from peak to another valley is accepted by the configuration", SCHEMA,
-        "if self.mu_decay_steps == 0 and self.mu_peak != self.mu_valley:",
+        "if self.mu_target is None and self.mu_decay_steps == 0 and self.mu_peak != self.mu_valley:",
         "if False:",
     ),
     Pitfall(
