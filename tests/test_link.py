@@ -143,10 +143,10 @@ def test_a_large_message_is_sent_again_after_its_connection_was_lost() -> None:
 def test_a_group_outlives_a_long_replay_is_sent_ever_more_rarely_and_the_reason_is_told(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.wait.REPORT_S", 0.5)
+    monkeypatch.setattr("common.wait.REPORT_S", 0.75)
 
     async def run() -> None:
-        async with linked(learner_timeout_s=0.3, max_message_bytes=450_000, max_unacknowledged_bytes=450_000) as (
+        async with linked(learner_timeout_s=1.0, max_message_bytes=450_000, max_unacknowledged_bytes=450_000) as (
             learner,
             link,
         ):
