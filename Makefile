@@ -7,7 +7,7 @@ MODEL := models/smollm2-135m
 DEMO := deploy/recipes/demo.toml
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: help demo test check fix pitfalls chaos soak
+.PHONY: help demo test check fix pitfalls chaos soak bench
 
 help:
 	@echo "make demo   train SmolLM2-135M to add and subtract, from nothing to a summary"
@@ -17,6 +17,7 @@ help:
 	@echo "make pitfalls  plant every known mistake of CHORD implementations in a copy; the tests must notice each"
 	@echo "make chaos  kill, stop, cut off, starve and damage real runs for an hour; nothing may be lost"
 	@echo "make soak   an hour of light faults and hostile connections; memory must not grow"
+	@echo "make bench  every hot path against what you would use instead, in one run (PART=learner: that part alone)"
 
 demo: $(READY) $(MODEL)/config.json
 	$(BIN)/chord-expert import reasoning_gym --num-rows 1000 --config $(DEMO)
@@ -42,6 +43,14 @@ chaos: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m tests.chaos.soak
+
+bench: $(VENV)/.bench $(MODEL)/config.json
+	$(BIN)/python -m tests.bench $(PART)
+
+# The peers that `make bench` compares with.
+$(VENV)/.bench: $(READY)
+	@$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	@touch $(VENV)/.bench
 
 $(MODEL)/config.json: | $(READY)
 	$(BIN)/python deploy/models/smollm2.py $(MODEL)
