@@ -2,29 +2,39 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.rows import Branch, Row
-
-PROMPT = 0
-PADDING = -1
+from learner.rows import NOTHING, Branch, Row
 
 
 @dataclass(frozen=True, eq=False)
 class TrainBatch:
-    """R packed rows of L tokens for the model; B branches of T tokens for the objective."""
+    """N tokens of R packed rows for the model, one after the other without padding; B branches of T tokens for the
+    objective.
+    """
 
     tokens: Tensor
-    """[R, L] int64; each row is a prompt, then its branches one after the other, then padding."""
+    """[N] int64; of each row the prompt, then its branches."""
     positions: Tensor
-    """[R, L] int64; every branch goes on counting from the end of the prompt."""
-    segments: Tensor
-    """[R, L] int64; PROMPT, 1 … K for the branches, PADDING."""
+    """[N] int64; every branch goes on counting from the end of its prompt."""
+    prompts: Tensor
+    """[R, P] int64; where the rows' prompts stand in `tokens`, any place past a prompt's end."""
+    prompt_sizes: Tensor
+    """[R] int64"""
+    branches: Tensor
+    """[B, T] int64; where the branches stand in `tokens`, any place past a branch's end."""
+    branch_rows: Tensor
+    """[B] int64; the row of each branch."""
+    slots: Tensor
+    """[N] int64; where each token stands in prompts and branches, laid flat one after the other: [R·P + B·T]."""
     sources: Tensor
-    """[B, T] int64; where in the flattened [R·L] the token's predecessor stands."""
+    """[B, T] int64; where in `tokens` the predecessor of a branch's token stands."""
     targets: Tensor
     """[B, T] int64; the branch's tokens."""
     mask: Tensor
@@ -51,56 +61,65 @@ class TrainBatch:
     def to(self, device: torch.device) -> "TrainBatch":
         return TrainBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
-    def attention_mask(self) -> Tensor | None:
-        """[R, 1, L, L] bool: a token sees its prompt and what came before in its branch; None where plainly causal."""
-        if int(self.segments.max()) <= 1:
-            return None
-        length = self.tokens.shape[1]
-        asking, asked = self.segments[:, :, None], self.segments[:, None, :]
-        is_causal = torch.ones(length, length, dtype=torch.bool, device=self.tokens.device).tril()
-        is_seen = is_causal & ((asked == PROMPT) | (asked == asking))
-        return is_seen[:, None]
+    @cached_property
+    def is_seen(self) -> Tensor:
+        """[B, 1, T, P + T] bool: what a branch's token sees of its prompt and of its branch."""
+        places = torch.arange(self.prompts.shape[1], device=self.tokens.device)
+        in_prompt = places < self.prompt_sizes[self.branch_rows, None]
+        width = self.branches.shape[1]
+        is_causal = torch.ones(width, width, dtype=torch.bool, device=self.tokens.device).tril()
+        num_branches = len(self.branches)
+        return torch.cat(
+            [in_prompt[:, None, None].expand(-1, 1, width, -1), is_causal.expand(num_branches, 1, -1, -1)], dim=-1
+        )
 
 
-def build_batch(rows: Sequence[Row], *, padding_token: int = 0) -> TrainBatch:
-    """Lay `rows` out; an empty list gives one padding row without loss, for a rank that has nothing to do."""
-    length = max((row.num_tokens for row in rows), default=2)
-    num_rows = max(len(rows), 1)
+def build_batch(rows: Sequence[Row]) -> TrainBatch:
+    """Lay `rows` out; an empty list gives one row without loss, for a rank that has nothing to do."""
+    rows = rows or [NOTHING]
     branches = [branch for row in rows for branch in row.branches]
-    width = max((len(branch.tokens) for branch in branches), default=1)
-    tokens = np.full((num_rows, length), padding_token, dtype=np.int64)
-    positions = np.zeros((num_rows, length), dtype=np.int64)
-    segments = np.full((num_rows, length), PADDING if rows else PROMPT, dtype=np.int64)
-    sources = np.zeros((max(len(branches), 1), width), dtype=np.int64)
-    filled = 0
+    longest, width = max(len(row.prompt) for row in rows), max(len(branch.tokens) for branch in branches)
+    prompts = np.zeros((len(rows), longest), dtype=np.int64)
+    places, sources = (np.zeros((len(branches), width), dtype=np.int64) for _ in range(2))
+    positions, slots, first_slot, end, b = [], [], len(rows) * longest, 0, 0
     for r, row in enumerate(rows):
-        start = len(row.prompt)
-        tokens[r, :start], positions[r, :start], segments[r, :start] = row.prompt, np.arange(start), PROMPT
-        end = start
-        for k, branch in enumerate(row.branches):
-            size = len(branch.tokens)
-            span = slice(end, end + size)
-            tokens[r, span], segments[r, span] = branch.tokens, k + 1
-            positions[r, span] = np.arange(start, start + size)
-            sources[filled, :size] = r * length + np.array([start - 1, *range(end, end + size - 1)])
-            filled, end = filled + 1, end + size
+        start, size = end, len(row.prompt)
+        prompts[r, :size] = np.arange(start, start + size)
+        positions.append(np.arange(size))
+        slots.append(r * longest + np.arange(size))
+        end += size
+        for branch in row.branches:
+            length = len(branch.tokens)
+            places[b, :length] = np.arange(end, end + length)
+            sources[b, :length] = [start + size - 1, *range(end, end + length - 1)]
+            positions.append(np.arange(size, size + length))
+            slots.append(first_slot + b * width + np.arange(length))
+            end, b = end + length, b + 1
     return TrainBatch(
-        tokens=torch.from_numpy(tokens),
-        positions=torch.from_numpy(positions),
-        segments=torch.from_numpy(segments),
+        tokens=_join([part for row in rows for part in (row.prompt, *(branch.tokens for branch in row.branches))]),
+        positions=_join(positions),
+        prompts=torch.from_numpy(prompts),
+        prompt_sizes=torch.tensor([len(row.prompt) for row in rows]),
+        branches=torch.from_numpy(places),
+        branch_rows=torch.tensor([r for r, row in enumerate(rows) for _ in row.branches]),
+        slots=_join(slots),
         sources=torch.from_numpy(sources),
         targets=_stack(branches, "tokens", width, np.int64),
         mask=_stack(branches, "mask", width, np.float32),
         behavior_logprobs=_stack(branches, "behavior_logprobs", width, np.float32),
-        advantages=torch.tensor([b.advantage for b in branches] or [0.0], dtype=torch.float32),
-        temperatures=torch.tensor([b.temperature for b in branches] or [1.0], dtype=torch.float32),
-        is_expert=torch.tensor([b.is_expert for b in branches] or [False], dtype=torch.bool),
+        advantages=torch.tensor([branch.advantage for branch in branches], dtype=torch.float32),
+        temperatures=torch.tensor([branch.temperature for branch in branches], dtype=torch.float32),
+        is_expert=torch.tensor([branch.is_expert for branch in branches], dtype=torch.bool),
     )
 
 
+def _join(parts: Sequence[NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
 def _stack(branches: Sequence[Branch], name: str, width: int, dtype: type) -> Tensor:
-    stacked = np.zeros((max(len(branches), 1), width), dtype=dtype)
-    for row, branch in zip(stacked, branches, strict=False):
+    stacked = np.zeros((len(branches), width), dtype=dtype)
+    for row, branch in zip(stacked, branches, strict=True):
         values = getattr(branch, name)
         row[: len(values)] = values
     return torch.from_numpy(stacked)

@@ -1,7 +1,4 @@
-"""The policy as the objective sees it: log-probs and entropies of loss-bearing tokens, and of nothing else.
-
-Vocabulary logits exist for `head_chunk_tokens` positions at a time; they are computed again in the backward pass.
-"""
+"""The policy as the objective sees it: log-probs and entropies of loss-bearing tokens, and of nothing else."""
 
 from pathlib import Path
 from typing import Any
@@ -9,11 +6,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from common.errors import OperatorError
 from common.model_folder import require_model_folder
+from learner import packed_attention
 from learner.batch import TrainBatch, build_batch
+from learner.head import token_scores
 from learner.rows import Branch, Row
 
 CHECK_TOLERANCE = 1e-3
@@ -32,46 +30,31 @@ class PolicyModel(nn.Module):
 
     def forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         """([B, T] log-probs with gradient, [B, T] entropies without), float32; 0 where the mask is 0."""
-        hidden = self._decode(batch).flatten(0, 1)
         wanted = batch.mask.flatten().nonzero().squeeze(1)
         if wanted.numel() == 0:
-            wanted = torch.zeros(1, dtype=torch.int64, device=hidden.device)  # every rank must run head and backward
-        temperatures = batch.temperatures[:, None].expand_as(batch.mask).flatten()[wanted]
-        logprobs, entropies = self._score(
-            hidden[batch.sources.flatten()[wanted]], batch.targets.flatten()[wanted], temperatures
+            wanted = torch.zeros(1, dtype=torch.int64, device=batch.tokens.device)  # every rank runs head and backward
+        head = self.lm.get_output_embeddings()
+        scores = token_scores(
+            self._decode(batch)[batch.sources.flatten()[wanted]],
+            head.weight,
+            head.bias,
+            batch.targets.flatten()[wanted],
+            batch.temperatures[:, None].expand_as(batch.mask).flatten()[wanted],
+            chunk_tokens=self._head_chunk_tokens,
         )
-        empty = torch.zeros(batch.mask.numel(), dtype=torch.float32, device=hidden.device)
-        shape = batch.mask.shape
-        return empty.index_put((wanted,), logprobs).view(shape), empty.index_put((wanted,), entropies).view(shape)
+        empty = torch.zeros(batch.mask.numel(), dtype=torch.float32, device=batch.tokens.device)
+        logprobs, entropies = (empty.index_put((wanted,), values).view(batch.mask.shape) for values in scores)
+        return logprobs, entropies
 
     def _decode(self, batch: TrainBatch) -> Tensor:
-        """[R, L, H] hidden states."""
+        """[N, H] hidden states."""
         decoder = getattr(self.lm, self.lm.base_model_prefix)
         uses_autocast = self.compute_dtype == torch.bfloat16
         with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16, enabled=uses_autocast):
-            return decoder(
-                input_ids=batch.tokens,
-                position_ids=batch.positions,
-                attention_mask=batch.attention_mask(),
-                use_cache=False,
-            ).last_hidden_state.to(next(self.parameters()).dtype)
-
-    def _score(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, H] hidden states to ([N] log-probs, [N] entropies), a chunk at a time."""
-        size = self._head_chunk_tokens
-        chunks = [
-            checkpoint(self._score_chunk, *chunk, use_reentrant=False)
-            for chunk in zip(hidden.split(size), targets.split(size), temperatures.split(size), strict=True)
-        ]
-        logprobs, entropies = zip(*chunks, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
-
-    def _score_chunk(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.lm.get_output_embeddings()(hidden).float() / temperatures[:, None]
-        logprobs = logits.log_softmax(dim=-1)
-        with torch.no_grad():
-            entropies = -(logprobs.exp() * logprobs).sum(dim=-1)
-        return logprobs.gather(1, targets[:, None]).squeeze(1), entropies
+            hidden = decoder(
+                input_ids=batch.tokens[None], position_ids=batch.positions[None], packed=batch, use_cache=False
+            ).last_hidden_state
+        return hidden[0].to(next(self.parameters()).dtype)
 
 
 def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -99,9 +82,10 @@ def load_policy_model(
 
     transformers_logging.disable_progress_bar()
     require_model_folder(path)
+    packed_attention.register()
     try:
         lm: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+            path, dtype=dtype, attn_implementation=packed_attention.NAME, local_files_only=True
         )
     except (OSError, ValueError) as error:
         raise OperatorError(f"model.path: {path}: {str(error).splitlines()[0]}") from error

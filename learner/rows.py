@@ -49,6 +49,13 @@ class Row:
         return len(self.prompt) + sum(len(branch.tokens) for branch in self.branches)
 
 
+NOTHING = Row(
+    np.zeros(1, dtype=np.int32),
+    (Branch(*(np.zeros(1, dtype=kind) for kind in (np.int32, np.float32, np.float32)), 0.0, 1.0, is_expert=False),),
+)
+"""A row without loss."""
+
+
 def policy_row(
     group: TrajectoryGroup, advantages: Sequence[float], *, temperature: float, aggregation: Aggregation
 ) -> Row:
@@ -110,12 +117,13 @@ def deal(rows: Sequence[Row], num_ranks: int) -> list[list[Row]]:
 
 
 def micro_batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    """Rows of similar length together, each list at most `budget` tokens with padding (a longer row stands alone)."""
+    """Rows of similar length together, each list at most `budget` tokens (a longer row stands alone)."""
     batches: list[list[Row]] = []
+    load = 0
     for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):
-        longest = batches[-1][0].num_tokens if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
+        if not batches or load + row.num_tokens > budget:
+            batches.append([])
+            load = 0
+        batches[-1].append(row)
+        load += row.num_tokens
     return batches

@@ -90,7 +90,8 @@ class Cut:
     shares_prompts: bool = True
     order_seed: int | None = None
     """Shuffles the rows, and the micro-batches once more; None leaves them as they come."""
-    padding_token: int = 0
+    padding_seed: int | None = None
+    """Sends what lies past the ends of prompts and branches to any place; None leaves it at the first token."""
     num_empty: int = 0
     """Micro-batches without any row among the others."""
 
@@ -99,10 +100,19 @@ class Cut:
         parts = [part for row in rows for part in split_to_budget(row, self.budget)]
         shuffle = random.Random(self.order_seed).shuffle if self.order_seed is not None else lambda _: None
         shuffle(parts)
-        batches = [build_batch(some, padding_token=self.padding_token) for some in micro_batches(parts, self.budget)]
-        batches += [build_batch([], padding_token=self.padding_token)] * self.num_empty
+        batches = [build_batch(some) for some in micro_batches(parts, self.budget)] + [build_batch([])] * self.num_empty
         shuffle(batches)
-        return batches
+        seed = self.padding_seed
+        return batches if seed is None else [with_other_padding(batch, seed=seed) for batch in batches]
+
+
+def with_other_padding(batch: TrainBatch, *, seed: int) -> TrainBatch:
+    """The same batch; what lies past the ends of prompts and branches is taken from anywhere."""
+    places = torch.cat([batch.prompts.flatten(), batch.branches.flatten()])
+    is_used = torch.zeros(len(places), dtype=torch.bool).index_fill(0, batch.slots, True)
+    anywhere = torch.from_numpy(np.random.default_rng(seed).integers(0, len(batch.tokens), len(places)))
+    prompts, branches = torch.where(is_used, places, anywhere).split([batch.prompts.numel(), batch.branches.numel()])
+    return replace(batch, prompts=prompts.view_as(batch.prompts), branches=branches.view_as(batch.branches))
 
 
 def make_gauge(model_path: Path, ranks: Ranks, *, zero_stage: int = 0) -> TrainEngine:

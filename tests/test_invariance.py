@@ -70,7 +70,7 @@ cuts = st.builds(
     budget=st.sampled_from([1, 25, 40, 64, 100, 4096]),
     shares_prompts=st.booleans(),
     order_seed=st.none() | st.integers(0, 99),
-    padding_token=st.integers(0, VOCABULARY - 1),
+    padding_seed=st.none() | st.integers(0, 99),
     num_empty=st.integers(0, 2),
 )
 

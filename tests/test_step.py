@@ -1,11 +1,13 @@
 """One optimizer step: log-probs are the model's own, and the gradient is the same however the step is cut up."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner.batch import TrainBatch, build_batch
 from learner.objective.chord import chord_loss, expert_loss
@@ -15,7 +17,7 @@ from learner.policy_model import PolicyModel, load_policy_model
 from learner.ranks import Ranks
 from learner.rows import Row, deal, micro_batches, split_to_budget, unshare
 from tests import reference
-from tests.steps import CPU, LR, MU, VOCABULARY, make_engine, some_rows, take_steps, weights_of
+from tests.steps import CPU, LR, MU, make_engine, some_rows, take_steps, weights_of, with_other_padding
 from tests.tiny_model import make_tiny_model
 
 TOLERANCE = 2e-6
@@ -82,12 +84,28 @@ def test_logprobs_are_the_models_own_at_the_rows_temperature(model: PolicyModel)
 
 
 def test_vocabulary_logits_exist_for_loss_bearing_tokens_only_and_a_chunk_at_a_time(model: PolicyModel) -> None:
-    seen: list[int] = []
-    model.lm.get_output_embeddings().register_forward_hook(lambda _, arguments, __: seen.append(arguments[0].shape[0]))
-    batch = build_batch(some_rows())
-    model(batch)
-    assert max(seen) <= 16
-    assert sum(seen) == int((batch.mask > 0).sum())
+    batch, vocabulary = build_batch(some_rows()), model.lm.config.vocab_size
+    with ProductSizes(vocabulary) as sizes:
+        logprobs, _ = model(batch)
+        assert sum(sizes.seen) == int((batch.mask > 0).sum())
+        logprobs.sum().backward()
+    assert max(sizes.seen) <= 16
+    assert sum(sizes.seen) == 2 * int((batch.mask > 0).sum())
+
+
+class ProductSizes(TorchDispatchMode):
+    """Notes the rows of every matrix product that is so many columns wide."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._width = width
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and result.shape[1] == self._width:
+            self.seen.append(result.shape[0])
+        return result
 
 
 @pytest.mark.parametrize("budget", [1, 40, 64, 150, 4096])
@@ -130,8 +148,8 @@ def test_the_gradient_does_not_depend_on_the_order_of_rows(model: PolicyModel) -
 def test_padding_and_masked_tokens_leave_no_trace(model: PolicyModel) -> None:
     rows = some_rows()
     counts = token_counts(rows)
-    padded = gradients(model, [build_batch(rows, padding_token=0)], **counts)
-    otherwise = gradients(model, [build_batch(rows, padding_token=VOCABULARY - 1)], **counts)
+    padded = gradients(model, [build_batch(rows)], **counts)
+    otherwise = gradients(model, [with_other_padding(build_batch(rows), seed=1)], **counts)
     assert all(torch.isfinite(gradient).all() for gradient in padded.values())
     assert_close(otherwise, padded, tolerance=0.0)
 

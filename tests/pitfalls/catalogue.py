@@ -18,7 +18,7 @@ class Pitfall:
 
 STEP, CHORD, POLICY = "learner/train_engine.py", "learner/objective/chord.py", "learner/objective/policy.py"
 IMPORTANCE, ADVANTAGES = "learner/objective/importance.py", "learner/objective/advantages.py"
-MODEL, BATCH, ROWS, SOURCE = "learner/policy_model.py", "learner/batch.py", "learner/rows.py", "learner/source.py"
+HEAD, BATCH, ROWS, SOURCE = "learner/head.py", "learner/batch.py", "learner/rows.py", "learner/source.py"
 STEP_ROWS, SCHEMA = "learner/step_rows.py", "common/config/schema.py"
 
 PITFALLS = (
@@ -67,13 +67,23 @@ PITFALLS = (
     ),
     Pitfall(
         "packed positions go on counting over branches", BATCH,
-        "positions[r, span] = np.arange(start, start + size)",
-        "positions[r, span] = np.arange(end, end + size)",
+        "positions.append(np.arange(size, size + length))",
+        "positions.append(np.arange(end - start, end - start + length))",
     ),
     Pitfall(
-        "a branch sees its neighbours in the packed row", BATCH,
-        "is_seen = is_causal & ((asked == PROMPT) | (asked == asking))",
-        "is_seen = is_causal & (asked != PADDING)",
+        "a branch sees past the end of its prompt", BATCH,
+        "in_prompt = places < self.prompt_sizes[self.branch_rows, None]",
+        "in_prompt = places < torch.full_like(self.branch_rows, len(places))[:, None]",
+    ),
+    Pitfall(
+        "a branch sees the prompt of another row", BATCH,
+        "[r for r, row in enumerate(rows) for _ in row.branches]",
+        "[0 for row in rows for _ in row.branches]",
+    ),
+    Pitfall(
+        "a branch sees what comes after in it", BATCH,
+        "torch.ones(width, width, dtype=torch.bool, device=self.tokens.device).tril()",
+        "torch.ones(width, width, dtype=torch.bool, device=self.tokens.device)",
     ),
     Pitfall(
         "a size typed by hand: the rank count", STEP,
@@ -212,14 +222,14 @@ PITFALLS = (
         "return tokens[:, 0], torch.log_softmax(logits.float(), dim=-1).gather(1, tokens)[:, 0]",
     ),
     Pitfall(
-        "logits are not divided by the temperature", MODEL,
-        "logits = self.lm.get_output_embeddings()(hidden).float() / temperatures[:, None]",
-        "logits = self.lm.get_output_embeddings()(hidden).float()",
+        "logits are not divided by the temperature", HEAD,
+        "return linear(hidden, weight, bias).float().div_(temperatures[:, None])",
+        "return linear(hidden, weight, bias).float()",
     ),
     Pitfall(
         "log-probs are those of the next position", BATCH,
-        "np.array([start - 1, *range(end, end + size - 1)])",
-        "np.array(range(end, end + size))",
+        "[start + size - 1, *range(end, end + length - 1)]",
+        "[*range(end, end + length)]",
     ),
     # Groups and advantages.
     Pitfall(
@@ -323,8 +333,13 @@ PITFALLS = (
         "if False:",
     ),
     Pitfall(
-        "expert log-probs in low precision", MODEL,
-        "logprobs = logits.log_softmax(dim=-1)",
-        "logprobs = logits.bfloat16().log_softmax(dim=-1).float()",
+        "log-probs in low precision", HEAD,
+        "return linear(hidden, weight, bias).float()",
+        "return linear(hidden, weight, bias).bfloat16().float()",
+    ),
+    Pitfall(
+        "the head's backward forgets the temperature", HEAD,
+        "scale = grads[0] / temperatures",
+        "scale = grads[0]",
     ),
 )  # fmt: skip
