@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -12,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from tests.bench.group import CLIP, Group, Shape, make_group
 
@@ -57,10 +59,16 @@ class Contender:
     def _hear(self, what: str) -> Any:
         if not self._pipe.poll(LIMIT_S):
             raise TimeoutError(f"waited {LIMIT_S:.0f} s for {what} of {self._name}")
-        return self._pipe.recv()
+        try:
+            return self._pipe.recv()
+        except EOFError as error:
+            raise RuntimeError(f"{self._name} ended before {what}") from error
 
 
 def serve(pipe: Connection, name: str, path: Path, shape: Shape, gradient: Path) -> None:
+    """The process: its life is its pipe's."""
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
     model, step = SIDES[name](path, make_group(shape))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -128,6 +136,7 @@ def trl(path: Path, group: Group) -> tuple[nn.Module, Step]:
         train_dataset=Dataset.from_dict({"prompt": ["one"] * len(group.answers)}),
         processing_class=AutoTokenizer.from_pretrained(path),
     )  # fmt: skip
+    trainer.current_gradient_accumulation_steps = 1  # set by its train loop, which does not run here
     inputs = _padded(group)
     model.train()
 

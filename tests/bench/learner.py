@@ -25,7 +25,7 @@ MODEL = Path("models/smollm2-135m")
 SHAPES = {Shape(256, 64): Bar(at_least=2.4), Shape(128, 128): Bar(at_least=1.25), Shape(40, 16): Bar(at_least=1.6)}
 MEMORY_BARS = {Shape(256, 64): Bar(at_most=0.5)}
 GRADIENT_BAR = Bar(at_most=1e-5)
-ROUNDS = 7
+ROUNDS = 3
 """Timed steps of each side; one before them is not counted."""
 
 
