@@ -46,7 +46,7 @@ class Peer:
             return
         num_bytes = self.connection.received_bytes()
         if counted_at and num_bytes - num_before > IDLE_BYTES_PER_S * (now - counted_at):
-            self.last_heard = now
+            self.last_heard = max(self.last_heard, counted_at)  # when in between they came is not known
         self.counted = now, num_bytes
 
 

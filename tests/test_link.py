@@ -218,7 +218,7 @@ def test_a_link_says_that_its_learner_fell_into_a_black_hole_and_goes_on_when_it
             proxy.change(Weather(is_black_hole=True))
             asking = asyncio.create_task(ask_for_work(link))
             async with asyncio.timeout(5):
-                while "silence of 4." not in caplog.text:
+                while "silence of 3." not in caplog.text:
                     await asyncio.sleep(0.02)
             proxy.change(CALM)
             async with asyncio.timeout(5):

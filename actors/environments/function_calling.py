@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from actors.environment import Judgement
-from actors.environments.questions import QUESTION, Questions, read_questions
-from actors.environments.rewards import Reward
+from actors.environments.questions import Questions, read_questions
 from common.chat import ChatMessage
 from common.errors import OperatorError
 from common.function_calls import read_calls
@@ -40,28 +40,10 @@ class FunctionCalling(Questions[CallingTask]):
     calls of one answer cannot depend on one another's results. `read_calls` knows when values are the same.
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int,
-        source: str,
-        split: str = "train",
-        held_out_source: str = "",
-        held_out_split: str = "",
-        num_train_problems: int | None = None,
-    ) -> None:
-        """The tables alone decide which task has which number, not the seed."""
-        tasks = read_questions(
-            _read_task,
-            source=source,
-            split=split,
-            held_out_source=held_out_source,
-            held_out_split=held_out_split,
-            num_train_problems=num_train_problems,
-        )
-        super().__init__(
-            train=tasks.train, held_out=tasks.held_out, prompt_template=QUESTION, system_prompt="", reward=Reward.BINARY
-        )
+    def __init__(self, *, seed: int, **tables: Any) -> None:
+        """`tables`: as `read_questions` takes them."""
+        tasks = read_questions(_read_task, **tables)
+        super().__init__(train=tasks.train, held_out=tasks.held_out)
 
     def task(self, split: Split, index: int) -> tuple[CallingTask, Sequence[ChatMessage]]:
         task, messages = super().task(split, index)

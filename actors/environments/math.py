@@ -1,8 +1,8 @@
 r"""The environment `math`: questions with a final answer, judged by math-verify on \boxed{…} or a stated answer."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from actors.environment import Judgement
 from actors.environments.answers import boxed_answer, gold_answer, is_same, stated_answer
@@ -37,18 +37,7 @@ class MathTask:
 class MathProblems(Questions[MathTask]):
     r"""Mathematics with given tasks. An answer is well formed that has a \boxed{…}."""
 
-    def __init__(
-        self,
-        *,
-        train: Sequence[MathTask],
-        held_out: Sequence[MathTask],
-        prompt_template: str = PROMPT_TEMPLATE,
-        system_prompt: str = "",
-        reward: str = Reward.BINARY,
-    ) -> None:
-        super().__init__(
-            train=train, held_out=held_out, prompt_template=prompt_template, system_prompt=system_prompt, reward=reward
-        )
+    usual_template = PROMPT_TEMPLATE
 
     def judge(self, task: MathTask, text: str, *, is_truncated: bool) -> Judgement:
         boxed = boxed_answer(text)
@@ -71,31 +60,20 @@ class Math(MathProblems):
         self,
         *,
         seed: int,
-        source: str,
-        split: str = "train",
-        held_out_source: str = "",
-        held_out_split: str = "",
-        num_train_problems: int | None = None,
         question_column: str = "",
         answer_column: str = "",
         category_column: str = "",
-        prompt_template: str = PROMPT_TEMPLATE,
+        prompt_template: str | None = None,
         system_prompt: str = "",
         reward: str = Reward.BINARY,
+        **tables: Any,
     ) -> None:
-        """The tables alone decide which task has which number, not the seed."""
+        """`tables`: as `read_questions` takes them."""
 
         def read(row: TableRow) -> MathTask:
             return read_task(row, question=question_column, answer=answer_column, category=category_column)
 
-        tasks = read_questions(
-            read,
-            source=source,
-            split=split,
-            held_out_source=held_out_source,
-            held_out_split=held_out_split,
-            num_train_problems=num_train_problems,
-        )
+        tasks = read_questions(read, **tables)
         super().__init__(
             train=tasks.train,
             held_out=tasks.held_out,

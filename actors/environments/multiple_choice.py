@@ -58,18 +58,7 @@ class ChoiceTask:
 class ChoiceProblems(Questions[ChoiceTask]):
     r"""Multiple choice with given tasks. An answer is well formed that says "answer is (X)" or \boxed{X}."""
 
-    def __init__(
-        self,
-        *,
-        train: Sequence[ChoiceTask],
-        held_out: Sequence[ChoiceTask],
-        prompt_template: str = PROMPT_TEMPLATE,
-        system_prompt: str = "",
-        reward: str = Reward.BINARY,
-    ) -> None:
-        super().__init__(
-            train=train, held_out=held_out, prompt_template=prompt_template, system_prompt=system_prompt, reward=reward
-        )
+    usual_template = PROMPT_TEMPLATE
 
     def judge(self, task: ChoiceTask, text: str, *, is_truncated: bool) -> Judgement:
         formal = stated_letter(text, task.letters) or boxed_letter(text, task.letters)
@@ -91,33 +80,22 @@ class MultipleChoice(ChoiceProblems):
         self,
         *,
         seed: int,
-        source: str,
-        split: str = "train",
-        held_out_source: str = "",
-        held_out_split: str = "",
-        num_train_problems: int | None = None,
         question_column: str = "",
         options_column: str = "",
         answer_column: str = "",
         category_column: str = "",
-        prompt_template: str = PROMPT_TEMPLATE,
+        prompt_template: str | None = None,
         system_prompt: str = "",
         reward: str = Reward.BINARY,
+        **tables: Any,
     ) -> None:
-        """The tables alone decide which task has which number, not the seed."""
+        """`tables`: as `read_questions` takes them."""
 
         def read(row: TableRow) -> ChoiceTask:
             columns = {"question": question_column, "options": options_column, "answer": answer_column}
             return read_task(row, **columns, category=category_column)
 
-        tasks = read_questions(
-            read,
-            source=source,
-            split=split,
-            held_out_source=held_out_source,
-            held_out_split=held_out_split,
-            num_train_problems=num_train_problems,
-        )
+        tasks = read_questions(read, **tables)
         super().__init__(
             train=tasks.train,
             held_out=tasks.held_out,

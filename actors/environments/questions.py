@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from actors.environment import SingleTurn
-from actors.environments.rewards import reward_named
+from actors.environments.rewards import Reward, reward_named
 from common.chat import ChatMessage
 from common.errors import ConfigError
 from common.problems import Split, split_of
@@ -45,10 +45,20 @@ class QuestionSplits(Generic[Task]):
 class Questions(SingleTurn[Task]):
     """Tasks in a fixed order; training goes through them again and again, held-out ones end."""
 
+    usual_template = QUESTION
+    """The prompt, where no option names another."""
+
     def __init__(
-        self, *, train: Sequence[Task], held_out: Sequence[Task], prompt_template: str, system_prompt: str, reward: str
+        self,
+        *,
+        train: Sequence[Task],
+        held_out: Sequence[Task],
+        prompt_template: str | None = None,
+        system_prompt: str = "",
+        reward: str = Reward.BINARY,
     ) -> None:
         """Raises ConfigError where the template has no place for a question, or there is no such reward."""
+        prompt_template = self.usual_template if prompt_template is None else prompt_template
         if QUESTION not in prompt_template:
             expected = f"text with {QUESTION} where the question goes"
             raise ConfigError([f'environment.options.prompt_template: got "{prompt_template}", expected {expected}'])
@@ -81,7 +91,7 @@ def read_questions(
     held_out_split: str = "",
     num_train_problems: int | None = None,
 ) -> QuestionSplits[Task]:
-    """The rows of tables as tasks, each once, in the order of the table; the options are the environments' own.
+    """The rows of tables as tasks, each once, in the order of the table: it alone decides their numbers, not the seed.
 
     Held out is the table `held_out_source`, or another split of `source`, or else one question of `source` in four.
     Raises OperatorError at the first row that `read` refuses, and where nothing is left to train on.

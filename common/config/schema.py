@@ -225,7 +225,7 @@ class Network(Section):
     weights_port: Port = Field(0, description="where the learner serves weights; 0 takes a free port and tells actors")
     announcements_port: Port = Field(0, description="where it announces versions; 0 takes a free port and tells actors")
     heartbeat_s: Seconds = Field(1.0, description="between ZeroMQ heartbeats")
-    silence_s: Seconds = Field(4.0, description="a peer silent for longer is disconnected, and taken for gone")
+    silence_s: Seconds = Field(3.5, description="a peer silent for longer is disconnected, and taken for gone")
     lease_s: Seconds = Field(20.0, description="a lease whose actor has been silent for longer is issued again")
     request_timeout_s: Seconds = Field(10.0, description="one request to the learner, before it is sent again")
     learner_timeout_s: Seconds = Field(180.0, description="an actor gives up on a learner unreachable for longer")
