@@ -153,9 +153,10 @@ class Conductor:
         self._ranks.barrier()
         with self._checkpoints.reporting():
             self._trainer.save(self._checkpoints.partial_path(step))
+        parameters_hash = self._trainer.parameters_hash()
         self._ranks.barrier()
         if self._host:
-            self._checkpoints.finish(step, parameters_hash=self._trainer.parameters_hash())
+            self._checkpoints.finish(step, parameters_hash=parameters_hash)
             if not self._config.learner.keep_arrivals:
                 self._host.ledger.prune_bodies(self._checkpoints.covered_step)
 

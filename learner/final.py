@@ -4,13 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+from common.weights.policy import is_adapters, tensors_of_policy
 from common.weights.snapshot import Snapshot
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".gguf", ".index.json")
 
 
 def export_policy(snapshot: Snapshot, *, base: Path, destination: Path) -> None:
-    """The snapshot's bytes beside the base model's config and tokenizer; what was evaluated last is what lies there."""
+    """The snapshot's policy beside the base's config and tokenizer; what was evaluated last is what lies there."""
     partial = destination.with_name(".partial-final")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -21,6 +22,18 @@ def export_policy(snapshot: Snapshot, *, base: Path, destination: Path) -> None:
     config["dtype"] = "bfloat16"
     config.pop("torch_dtype", None)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.copyfile(snapshot.path, partial / "model.safetensors")
+    _write_weights(snapshot.path, base, partial / "model.safetensors")
     shutil.rmtree(destination, ignore_errors=True)
     partial.rename(destination)
+
+
+def _write_weights(path: Path, base: Path, destination: Path) -> None:
+    """The snapshot's very bytes; adapters are merged into their base."""
+    import torch
+    from safetensors.torch import save_file
+
+    if not is_adapters(path):
+        shutil.copyfile(path, destination)
+        return
+    merged = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors_of_policy(path, base)}
+    save_file(merged, destination, metadata={"format": "pt"})

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import OperatorError
 from common.model_folder import require_model_folder
+from learner.adapters import Lora, add_adapters, trained_parameters
 from learner.batch import TrainBatch, build_batch
 from learner.rows import Branch, Row
 
@@ -26,7 +28,7 @@ class PolicyModel(nn.Module):
     def __init__(self, lm: nn.Module, *, head_chunk_tokens: int) -> None:
         super().__init__()
         self.lm: Any = lm
-        self._head_chunk_tokens = head_chunk_tokens
+        self.head = Head(self.lm.get_output_embeddings(), chunk_tokens=head_chunk_tokens)
         self.compute_dtype = torch.float32
         """bfloat16 runs the decoder's matrix products in it (autocast); the head stays in the parameters' precision."""
 
@@ -37,7 +39,7 @@ class PolicyModel(nn.Module):
         if wanted.numel() == 0:
             wanted = torch.zeros(1, dtype=torch.int64, device=hidden.device)  # every rank must run head and backward
         temperatures = batch.temperatures[:, None].expand_as(batch.mask).flatten()[wanted]
-        logprobs, entropies = self._score(
+        logprobs, entropies = self.head(
             hidden[batch.sources.flatten()[wanted]], batch.targets.flatten()[wanted], temperatures
         )
         empty = torch.zeros(batch.mask.numel(), dtype=torch.float32, device=hidden.device)
@@ -56,9 +58,23 @@ class PolicyModel(nn.Module):
                 use_cache=False,
             ).last_hidden_state.to(next(self.parameters()).dtype)
 
-    def _score(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+
+class Head(nn.Module):
+    """The output layer. A module called once for all chunks, so that ranks with sharded weights gather it alike."""
+
+    def __init__(self, linear: nn.Linear, *, chunk_tokens: int) -> None:
+        super().__init__()
+        self._linear = (linear,)
+        """In a tuple, lest its parameters were registered a second time, under another name."""
+        self._chunk_tokens = chunk_tokens
+
+    @property
+    def linear(self) -> nn.Linear:
+        return self._linear[0]
+
+    def forward(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
         """[N, H] hidden states to ([N] log-probs, [N] entropies), a chunk at a time."""
-        size = self._head_chunk_tokens
+        size = self._chunk_tokens
         chunks = [
             checkpoint(self._score_chunk, *chunk, use_reentrant=False)
             for chunk in zip(hidden.split(size), targets.split(size), temperatures.split(size), strict=True)
@@ -67,7 +83,7 @@ class PolicyModel(nn.Module):
         return torch.cat(logprobs), torch.cat(entropies)
 
     def _score_chunk(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.lm.get_output_embeddings()(hidden).float() / temperatures[:, None]
+        logits = functional.linear(hidden, self.linear.weight, self.linear.bias).float() / temperatures[:, None]
         logprobs = logits.log_softmax(dim=-1)
         with torch.no_grad():
             entropies = -(logprobs.exp() * logprobs).sum(dim=-1)
@@ -89,8 +105,11 @@ def load_policy_model(
     head_chunk_tokens: int,
     recompute_activations: bool = False,
     weights: Path | None = None,
+    lora: Lora | None = None,
 ) -> PolicyModel:
     """The policy of a Hugging Face folder, with the weights of a published version in place of the folder's, if given.
+
+    With `lora`, adapters are trained in place of its weights, and they are what a published version holds.
 
     Raises OperatorError where the folder or the architecture will not do.
     """
@@ -105,6 +124,8 @@ def load_policy_model(
         )
     except (OSError, ValueError) as error:
         raise OperatorError(f"model.path: {path}: {str(error).splitlines()[0]}") from error
+    if lora:
+        add_adapters(lm, lora, base=path)
     if weights:
         _take_over(lm, load_file(weights))
     if recompute_activations:
@@ -139,7 +160,7 @@ def check_architecture(model: PolicyModel) -> None:
 
 @torch.no_grad()
 def _take_over(lm: Any, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in lm.named_parameters():
+    for name, parameter in trained_parameters(lm):
         parameter.copy_(tensors[name])
 
 

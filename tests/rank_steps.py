@@ -9,20 +9,39 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from learner.adapters import Lora
 from learner.objective.importance import Correction
 from learner.ranks import Ranks
 from learner.rows import Row, deal
 from learner.train_engine import Objective
 from tests.judge import Judge
-from tests.steps import CPU, Cut, make_gauge, measure, random_rows
+from tests.steps import CPU, LORA, Cut, make_gauge, measure, random_rows, sharding_of
 
-STAGES = (0, 1, 2)
 MU = 0.3
 CUT = Cut(budget=64)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of which kind the training engine is."""
+
+    zero_stage: int
+    lora: Lora | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"sharding": sharding_of(self.zero_stage), "lora": self.lora}
+
+    def __str__(self) -> str:
+        return f"ZeRO {self.zero_stage}{', LoRA' if self.lora else ''}"
+
+
+KINDS = (*map(Kind, range(4)), *(Kind(stage, LORA) for stage in range(4)))
 
 
 @dataclass(frozen=True)
@@ -66,8 +85,8 @@ def share_of(rows: list[Row], case: Case, rank: int) -> list[Row]:
     return [row for kind in case.shares[rank] for row in kinds[kind]]
 
 
-def report_name(stage: int, case: Case) -> str:
-    return f"{stage}-{CASES.index(case)}"
+def report_name(kind: Kind, case: Case) -> str:
+    return f"{KINDS.index(kind)}-{CASES.index(case)}"
 
 
 def main(model: Path, output: Path, rank: int) -> None:
@@ -75,16 +94,16 @@ def main(model: Path, output: Path, rank: int) -> None:
     meeting = f"file://{output / 'meeting'}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     ranks, judge = Ranks(CPU), Judge(model)
-    for stage in STAGES:
-        gauge = make_gauge(model, ranks, zero_stage=stage)
+    for kind in KINDS:
+        gauge = make_gauge(model, ranks, **kind.options)
         for case in CASES:
             batches = CUT.batches(share_of(rows_of_case(judge, case), case, rank))
             gradient, report = measure(
                 gauge, batches, objective=Objective(Correction(), "phi"), mu=case.mu, measures_halves=True
             )
             if ranks.is_first:
-                save_file(gradient, output / f"{report_name(stage, case)}.safetensors")
-                (output / f"{report_name(stage, case)}.json").write_text(json.dumps(report.metrics))
+                save_file(gradient, output / f"{report_name(kind, case)}.safetensors")
+                (output / f"{report_name(kind, case)}.json").write_text(json.dumps(report.metrics))
     ranks.close()
 
 

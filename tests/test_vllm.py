@@ -229,7 +229,7 @@ def test_a_load_that_fails_half_way_samples_nothing_until_one_succeeds(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     save_file({"model.embed_tokens.weight": torch.zeros(5, 5)}, tmp_path / "wrong")
-    monkeypatch.setattr("actors.engines.vllm.check_tensors", lambda *_, **__: None)
+    monkeypatch.setattr("actors.engines.vllm.check_fit", lambda *_, **__: None)
 
     async def run() -> Answer:
         await bench.engine.load(bench.snapshots[1])

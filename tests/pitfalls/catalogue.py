@@ -213,8 +213,8 @@ PITFALLS = (
     ),
     Pitfall(
         "logits are not divided by the temperature", MODEL,
-        "logits = self.lm.get_output_embeddings()(hidden).float() / temperatures[:, None]",
-        "logits = self.lm.get_output_embeddings()(hidden).float()",
+        "logits = functional.linear(hidden, self.linear.weight, self.linear.bias).float() / temperatures[:, None]",
+        "logits = functional.linear(hidden, self.linear.weight, self.linear.bias).float()",
     ),
     Pitfall(
         "log-probs are those of the next position", BATCH,
