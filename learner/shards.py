@@ -4,6 +4,7 @@ Ranks must gather the same parameters in the same order, or each waits for the o
 same modules equally often, whatever its rows: micro-batches are as many on each, and the head is one module.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -94,3 +95,14 @@ def square_of_shards(parameters: Iterable[nn.Parameter]) -> float:
     from deepspeed.utils import safe_get_local_grad
 
     return math.fsum(float(safe_get_local_grad(p).square().sum()) for p in parameters)
+
+
+def forget_module() -> None:
+    """Let go of a model of stage 3 in the two places where DeepSpeed's `destroy` leaves it, optimizer and all."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    FWD_MODULE_STACK.clear()
+    coordinator: Any = PartitionedParameterCoordinator
+    instrumented = coordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(instrumented).nonlocals["func"].cache_clear()

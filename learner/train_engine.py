@@ -24,7 +24,7 @@ from learner.objective.importance import Correction
 from learner.objective.policy import policy_loss
 from learner.policy_model import PolicyModel
 from learner.ranks import Ranks
-from learner.shards import Sharding, square_of_shards, whole
+from learner.shards import Sharding, forget_module, square_of_shards, whole
 
 Forward = Callable[[TrainBatch], tuple[Tensor, Tensor]]
 """Log-probs and entropies, both [B, T]."""
@@ -257,6 +257,8 @@ class TrainEngine:
     def close(self) -> None:
         """Free what DeepSpeed took."""
         self._engine.destroy()
+        if self._sharding.shards_parameters:
+            forget_module()
 
     def restore(self, folder: Path) -> None:
         """Load what `save` wrote. Raises OperatorError where its shards are not those of these ranks."""

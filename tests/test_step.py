@@ -1,5 +1,7 @@
 """One optimizer step: log-probs are the model's own, and the gradient is the same however the step is cut up."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +235,18 @@ def test_a_checkpoint_restores_the_run_to_the_bit(
     assert other.parameters_hash() == saved != engine.parameters_hash()
     take_steps(other, ranks, some_rows(), count=1)
     assert other.parameters_hash() == engine.parameters_hash()
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_what_a_closed_engine_took_is_free_again(model_path: Path, ranks: Ranks, zero_stage: int) -> None:
+    engine = make_engine(model_path, ranks, sharding=sharding_of(zero_stage))
+    take_steps(engine, ranks, some_rows())
+    internals: Any = engine
+    left = [weakref.ref(internals._model), weakref.ref(internals._engine)]
+    engine.close()
+    del engine, internals
+    gc.collect()
+    assert [reference() for reference in left] == [None, None]
 
 
 def test_a_checkpoint_of_another_zero_stage_is_named(model_path: Path, ranks: Ranks, tmp_path: Path) -> None:
