@@ -127,7 +127,9 @@ class TrainEngine:
         for number, batch in enumerate(padded, start=1):
             losses = self._losses(self._engine, batch, denominators)
             loss = chord_loss(losses.policy, losses.expert, mu=mu)
-            self._accumulate(loss, losses, is_last=number == num_micro_batches)
+            self._engine.set_gradient_accumulation_boundary(number == num_micro_batches)
+            # The second term gives an empty batch something to differentiate.
+            self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * self._ranks.count)
             for name, value in {"loss": loss.detach(), **losses.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         grad_norm = self._take(lr)
@@ -192,22 +194,15 @@ class TrainEngine:
 
     def _norm_of_shards(self, batches: Sequence[TrainBatch], denominators: Denominators, half: Half) -> float:
         """The same where no rank may hold a whole gradient: DeepSpeed accumulates it, for a step that is not taken."""
-        num_micro_batches = self._most(len(batches))
-        if num_micro_batches == 0:
-            return 0.0
-        empty = [build_batch([]).to(self._device)] * (num_micro_batches - len(batches))
-        for number, batch in enumerate((*batches, *empty), start=1):
+        num_empty = self._most(len(batches)) - len(batches)
+        padded = [*batches, *[build_batch([]).to(self._device)] * num_empty]
+        for number, batch in enumerate(padded, start=1):
             losses = self._losses(self._engine, batch, denominators)
-            self._accumulate(half(losses), losses, is_last=number == num_micro_batches)
-        square = square_of_shards(self._parameters)
+            self._engine.set_gradient_accumulation_boundary(number == len(padded))
+            self._engine.backward(self._ranks.count * (half(losses) + 0.0 * losses.logprobs.sum()))
+        square = square_of_shards(self._parameters) if padded else 0.0
         self._optimizer.zero_grad()
         return math.sqrt(self._ranks.add_up([square])[0])
-
-    def _accumulate(self, loss: Tensor, losses: Losses, *, is_last: bool) -> None:
-        """The backward pass of one micro-batch; DeepSpeed divides by the rank count, which is multiplied back."""
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        # The second term gives an empty batch something to differentiate.
-        self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * self._ranks.count)
 
     def _most(self, number: int) -> int:
         """The largest of all ranks' numbers."""
