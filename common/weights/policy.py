@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from common.errors import OperatorError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -51,7 +53,8 @@ def shapes_of_base(folder: Path) -> dict[str, Shape]:
 def check_fit(path: Path, expected: Mapping[str, Shape], *, base: Path, optional: AbstractSet[str]) -> None:
     """Compare the policy that a snapshot stands for with a model's tensors, before anything is touched.
 
-    `optional` ones may be left out. Raises ValueError where a tensor does not fit, or adapters are of another base.
+    `optional` ones may be left out. Raises ValueError where a tensor does not fit, OperatorError where adapters are not
+    of the model in the folder `base`.
     """
     got = _shapes_of_policy(path, base)
     wrong = {name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)} - optional
@@ -67,9 +70,11 @@ def _shapes_of_policy(path: Path, base: Path) -> dict[str, Shape]:
     if not is_adapters(path):
         return read_shapes(path)
     with _opened(path) as file:
-        got, expected = bytes(file.get_tensor(BASE_HASH).tolist()).hex(), hash_of_base(base).hex()
+        expected, got = bytes(file.get_tensor(BASE_HASH).tolist()).hex(), hash_of_base(base).hex()
     if got != expected:
-        raise ValueError(f"{path}: got adapters of a base model with hash {got}, expected {expected} as in {base}")
+        raise OperatorError(
+            f"model.path: {base}: got weights with hash {got}, expected {expected}: the model that the learner adapts"
+        )
     shapes = shapes_of_base(base)
     check_adapters(read_shapes(path), shapes, where=str(path))
     return shapes
