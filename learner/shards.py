@@ -43,6 +43,7 @@ class Sharding:
             "stage": self.zero_stage,
             "overlap_comm": self.overlap_comm,
             "stage3_param_persistence_threshold": self.max_whole_entries,
+            "memory_efficient_linear": False,  # it would replace torch's own in the whole process
         }
         if self.offload == "optimizer":
             section["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -228,11 +228,12 @@ class TrainEngine:
         }
 
     def parameters_hash(self) -> str:
-        """Names what is trained to the bit. Every rank must call it."""
+        """Names what is trained to the bit, on rank 0. Every rank must call it."""
         digest = hashlib.blake2b(digest_size=16)
         for name, parameter in whole(trained_parameters(self._model.lm)):
-            digest.update(name.encode())
-            digest.update(parameter.cpu().contiguous().view(torch.uint8).numpy())
+            if self._ranks.is_first:
+                digest.update(name.encode())
+                digest.update(parameter.cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     @property

@@ -94,9 +94,7 @@ def test_adapters_of_another_base_or_another_shape_are_refused(base: Path, tmp_p
     shapes = shapes_of_base(base)
     check_fit(snapshot.path, shapes, base=base, optional=set())
     other = make_tiny_model(tmp_path / "other", seed=1)
-    with pytest.raises(
-        OperatorError, match=r"model.path: .*other: got .*, expected .*: the model that the learner ad"
-    ):
+    with pytest.raises(OperatorError, match=r"model.path: .*other: got .*, expected .*: the model that the learner ad"):
         check_fit(snapshot.path, shapes, base=other, optional=set())
     tensors = load_file(snapshot.path)
     name = "model.layers.0.mlp.up_proj.lora_A.weight"
