@@ -8,8 +8,6 @@ from common.weights.policy import is_adapters, tensors_of_policy
 from common.weights.snapshot import Snapshot, write_snapshot
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".gguf", ".index.json")
-
-
 EXPORT = "export"
 """The ledger's fact that holds the hash of what was exported."""
 

@@ -6,11 +6,12 @@ rank_steps.py MODEL OUTPUT_FOLDER RANK
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
@@ -18,7 +19,7 @@ from learner.adapters import Lora
 from learner.objective.importance import Correction
 from learner.ranks import Ranks
 from learner.rows import Row, deal
-from learner.train_engine import Objective
+from learner.train_engine import Objective, TrainEngine
 from tests.judge import Judge
 from tests.steps import CPU, LORA, Cut, make_gauge, measure, random_rows, sharding_of
 
@@ -32,16 +33,22 @@ class Kind:
 
     zero_stage: int
     lora: Lora | None = None
+    overlap_comm: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"sharding": sharding_of(self.zero_stage), "lora": self.lora}
+        sharding = replace(sharding_of(self.zero_stage), overlap_comm=self.overlap_comm)
+        return {"sharding": sharding, "lora": self.lora}
 
     def __str__(self) -> str:
-        return f"ZeRO {self.zero_stage}{', LoRA' if self.lora else ''}"
+        return f"ZeRO {self.zero_stage}{', LoRA' if self.lora else ''}{', overlap' if self.overlap_comm else ''}"
 
 
-KINDS = (*map(Kind, range(4)), *(Kind(stage, LORA) for stage in range(4)))
+KINDS = (
+    *map(Kind, range(4)),
+    *(Kind(stage, LORA) for stage in range(4)),
+    *(Kind(stage, overlap_comm=True) for stage in (2, 3)),
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,24 @@ def main(model: Path, output: Path, rank: int) -> None:
             if ranks.is_first:
                 save_file(gradient, output / f"{report_name(kind, case)}.safetensors")
                 (output / f"{report_name(kind, case)}.json").write_text(json.dumps(report.metrics))
+        save_weights(gauge, ranks, output / f"{KINDS.index(kind)}")
     ranks.close()
+
+
+def save_weights(gauge: TrainEngine, ranks: Ranks, path: Path) -> None:
+    """What the ranks publish after they have been through a checkpoint, beside their hashes before and after it."""
+    checkpoint = path.with_name(f"checkpoint-{path.name}")
+    checkpoint.mkdir(exist_ok=True)
+    ranks.barrier()
+    hashes = [gauge.parameters_hash()]
+    gauge.save(checkpoint)
+    ranks.barrier()
+    gauge.restore(checkpoint)
+    hashes.append(gauge.parameters_hash())
+    tensors = gauge.tensors(torch.float32)
+    if ranks.is_first:
+        save_file(tensors, path.with_suffix(".weights"))
+        path.with_suffix(".hashes").write_text(json.dumps(hashes))
 
 
 if __name__ == "__main__":

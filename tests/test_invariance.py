@@ -274,6 +274,18 @@ def test_two_ranks_have_the_gradient_of_the_judge_whoever_holds_what(
     assert_halves(metrics, judge, rows, case.mu)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_two_ranks_publish_whole_weights_that_their_checkpoint_gives_back(
+    kind: Kind, model_path: Path, two_ranks: Path
+) -> None:
+    name = str(KINDS.index(kind))
+    expected = dict(trained_parameters(make_policy(model_path, lora=kind.lora).lm))
+    published = load_file(two_ranks / f"{name}.weights")
+    assert_same_bits(published, {name: parameter.detach() for name, parameter in expected.items()})
+    before, after = json.loads((two_ranks / f"{name}.hashes").read_text())
+    assert before == after
+
+
 def halves(judge: Judge) -> tuple[list[Row], list[Row]]:
     """Policy rows and expert rows of one step."""
     rows = random_rows(judge, seed=5, num_groups=2, num_experts=3, spread=0.3, temperature=0.7)
