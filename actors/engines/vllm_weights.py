@@ -72,9 +72,10 @@ def load_snapshot(model: Any, model_config: Any, path: Path) -> None:
     """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+    tensors = tensors_of_policy(path, Path(model_config.model))
     initialize_layerwise_reload(model)
     try:
-        model.load_weights(tensors_of_policy(path, Path(model_config.model)))
+        model.load_weights((name, tensor.to(model_config.dtype)) for name, tensor in tensors)
     finally:  # also after a failure, so that the next load begins anew
         finalize_layerwise_reload(model, model_config)
     pack_tied_heads(model)
