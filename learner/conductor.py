@@ -13,7 +13,7 @@ from pathlib import Path
 from common.config.schema import Config
 from common.weights.snapshot import Snapshot
 from learner.checkpoints import Checkpoints
-from learner.final import export_policy
+from learner.final import EXPORT, export_policy
 from learner.handover import kept_policy, require_kept_policy
 from learner.host import Host
 from learner.ranks import Ranks
@@ -153,9 +153,10 @@ class Conductor:
         self._ranks.barrier()
         with self._checkpoints.reporting():
             self._trainer.save(self._checkpoints.partial_path(step))
+        parameters_hash = self._trainer.parameters_hash()
         self._ranks.barrier()
         if self._host:
-            self._checkpoints.finish(step, parameters_hash=self._trainer.parameters_hash())
+            self._checkpoints.finish(step, parameters_hash=parameters_hash)
             if not self._config.learner.keep_arrivals:
                 self._host.ledger.prune_bodies(self._checkpoints.covered_step)
 
@@ -166,7 +167,8 @@ class Conductor:
         try:
             if step == num_steps and snapshot:
                 self._host.phase = "exporting"
-                export_policy(snapshot, base=Path(self._config.model.path), destination=self._host.run_dir.final)
+                base, final = Path(self._config.model.path), self._host.run_dir.final
+                self._host.ledger.set_fact(EXPORT, export_policy(snapshot, base=base, destination=final))
                 self._host.open_for_work()
                 self._host.phase = "evaluating"
                 self._host.wait_for_evaluations()

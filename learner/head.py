@@ -8,8 +8,29 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
+
+
+class Head(nn.Module):
+    """The output layer. A module that is called once, however many chunks, so that ranks with sharded weights gather
+    it alike.
+    """
+
+    def __init__(self, layer: nn.Linear, *, chunk_tokens: int) -> None:
+        super().__init__()
+        self._layer = (layer,)
+        """In a tuple, lest its parameters were registered a second time, under another name."""
+        self._chunk_tokens = chunk_tokens
+
+    @property
+    def linear(self) -> nn.Linear:
+        return self._layer[0]
+
+    def forward(self, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, H] hidden states to ([N] log-probs, [N] entropies); see `token_scores`."""
+        layer = self.linear
+        return token_scores(hidden, layer.weight, layer.bias, targets, temperatures, chunk_tokens=self._chunk_tokens)
 
 
 def token_scores(

@@ -37,6 +37,7 @@ from learner.step_rows import StepReader, open_experts
 log = logging.getLogger(__name__)
 
 NUM_LISTENERS = 3
+LORA = ("lora_rank", "lora_alpha", "lora_targets")
 FAREWELL_S = 15.0
 """Longest wait at the end for peers to leave."""
 
@@ -82,6 +83,7 @@ class Host:
         started = {
             "learner.groups_per_step": str(self._config.learner.groups_per_step),
             "algorithm.sft_steps": str(self._config.sft_steps),
+            **{f"learner.{key}": str(getattr(self._config.learner, key)) for key in LORA},
         }
         hashes = started | {
             "configuration": self._config.agreement_hash,

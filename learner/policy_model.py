@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from common.errors import OperatorError
 from common.model_folder import require_model_folder
 from learner import packed_attention
+from learner.adapters import Lora, add_adapters, trained_parameters
 from learner.batch import TrainBatch, build_batch
-from learner.head import token_scores
+from learner.head import Head
 from learner.rows import Branch, Row
 
 CHECK_TOLERANCE = 1e-3
@@ -24,7 +25,7 @@ class PolicyModel(nn.Module):
     def __init__(self, lm: nn.Module, *, head_chunk_tokens: int) -> None:
         super().__init__()
         self.lm: Any = lm
-        self._head_chunk_tokens = head_chunk_tokens
+        self.head = Head(self.lm.get_output_embeddings(), chunk_tokens=head_chunk_tokens)
         self.compute_dtype = torch.float32
         """bfloat16 runs the decoder's matrix products in it (autocast); the head stays in the parameters' precision."""
 
@@ -33,14 +34,10 @@ class PolicyModel(nn.Module):
         wanted = batch.mask.flatten().nonzero().squeeze(1)
         if wanted.numel() == 0:
             wanted = torch.zeros(1, dtype=torch.int64, device=batch.tokens.device)  # every rank runs head and backward
-        head = self.lm.get_output_embeddings()
-        scores = token_scores(
+        scores = self.head(
             self._decode(batch)[batch.sources.flatten()[wanted]],
-            head.weight,
-            head.bias,
             batch.targets.flatten()[wanted],
             batch.temperatures[:, None].expand_as(batch.mask).flatten()[wanted],
-            chunk_tokens=self._head_chunk_tokens,
         )
         empty = torch.zeros(batch.mask.numel(), dtype=torch.float32, device=batch.tokens.device)
         logprobs, entropies = (empty.index_put((wanted,), values).view(batch.mask.shape) for values in scores)
@@ -72,8 +69,11 @@ def load_policy_model(
     head_chunk_tokens: int,
     recompute_activations: bool = False,
     weights: Path | None = None,
+    lora: Lora | None = None,
 ) -> PolicyModel:
     """The policy of a Hugging Face folder, with the weights of a published version in place of the folder's, if given.
+
+    With `lora`, adapters are trained in place of its weights, and they are what a published version holds.
 
     Raises OperatorError where the folder or the architecture will not do.
     """
@@ -89,6 +89,8 @@ def load_policy_model(
         )
     except (OSError, ValueError) as error:
         raise OperatorError(f"model.path: {path}: {str(error).splitlines()[0]}") from error
+    if lora:
+        add_adapters(lm, lora, base=path)
     if weights:
         _take_over(lm, load_file(weights))
     if recompute_activations:
@@ -123,7 +125,7 @@ def check_architecture(model: PolicyModel) -> None:
 
 @torch.no_grad()
 def _take_over(lm: Any, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in lm.named_parameters():
+    for name, parameter in trained_parameters(lm):
         parameter.copy_(tensors[name])
 
 

@@ -63,6 +63,7 @@ class Replay:
             if step in saved and self._compare_parameters(trainer, saved[step]):
                 checked.append(step)
             log.info("step %d of %d: the same", step, self._history.num_batches())
+        parameters_hash = trainer.parameters_hash()
         ranks.close()
         if step == start:
             raise OperatorError(
@@ -71,7 +72,7 @@ class Replay:
             )
         return (
             f"replayed steps {start + 1} to {step}: bit for bit, {num_compared} versions and the parameters of "
-            f"checkpoints {checked} are those on record; parameters {trainer.parameters_hash()}"
+            f"checkpoints {checked} are those on record; parameters {parameters_hash}"
         )
 
     def _begin(self, trainer: Trainer) -> int:

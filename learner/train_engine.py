@@ -6,6 +6,8 @@ multiplied back.
 """
 
 import hashlib
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +16,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from common.errors import OperatorError
+from learner.adapters import trained_parameters
 from learner.batch import TrainBatch, build_batch
 from learner.objective.chord import chord_loss, effective_mu, expert_loss
 from learner.objective.importance import Correction
 from learner.objective.policy import policy_loss
 from learner.policy_model import PolicyModel
 from learner.ranks import Ranks
+from learner.shards import Sharding, forget_module, square_of_shards, whole
 
 Forward = Callable[[TrainBatch], tuple[Tensor, Tensor]]
 """Log-probs and entropies, both [B, T]."""
 
+LAYOUT = "layout.json"
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
@@ -42,7 +48,7 @@ class OptimizerSettings:
     weight_decay: float
     adam_betas: tuple[float, float]
     max_grad_norm: float
-    zero_stage: int
+    sharding: Sharding
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,9 @@ class Losses:
     metrics: dict[str, Tensor]
 
 
+Half = Callable[[Losses], Tensor]
+
+
 class TrainEngine:
     """The policy under training. Every rank makes one and calls its methods in the same order."""
 
@@ -88,13 +97,18 @@ class TrainEngine:
         self._objective = objective
         self._ranks = ranks
         self._device = device
-        parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
+        self._sharding = settings.sharding
+        self._parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
+        config = _deepspeed_config(settings, dtype=self._parameters[0].dtype, on_cpu=device.type == "cpu")
+        if self._sharding.shards_parameters:
+            # Now, one by one, as the device may not hold all parameters, where `model.to` would put them.
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
         engine, optimizer, *_ = deepspeed.initialize(
-            model=model.to(device),
-            model_parameters=parameters,
-            config=_deepspeed_config(settings, dtype=parameters[0].dtype, on_cpu=device.type == "cpu"),
-            dist_init_required=False,
+            model=model.to(device), model_parameters=self._parameters, config=config, dist_init_required=False
         )
+        if self._sharding.shards_parameters:
+            for parameter in model.head.linear.parameters():
+                deepspeed.zero.register_external_parameter(model.head, parameter)
         self._engine: Any = engine
         self._optimizer: Any = optimizer
         self._model = model
@@ -154,28 +168,41 @@ class TrainEngine:
 
     def _measure_halves(self, batches: Sequence[TrainBatch], denominators: Denominators, mu: float) -> dict[str, float]:
         """Gradient norms of the two halves, each alone; what the step then accumulates is not touched."""
-        # The model itself, as DeepSpeed's forward would hook its own backward onto it.
         with_policy = [batch for batch in batches if batch.policy_mask.any()]
         with_expert = [batch for batch in batches if batch.expert_mask.any()]
-        policy = self._norm_of(with_policy, lambda batch: self._losses(self._model, batch, denominators).policy)
-        expert = self._norm_of(with_expert, lambda batch: self._losses(self._model, batch, denominators).expert)
+        norm_of = self._norm_of_shards if self._sharding.shards_parameters else self._norm_of
+        policy = norm_of(with_policy, denominators, lambda losses: losses.policy)
+        expert = norm_of(with_expert, denominators, lambda losses: losses.expert)
         return {
             "policy_grad_norm": policy,
             "expert_grad_norm": expert,
             "mu_effective": effective_mu(mu, policy_norm=policy, expert_norm=expert),
         }
 
-    def _norm_of(self, batches: Sequence[TrainBatch], loss_of: Callable[[TrainBatch], Tensor]) -> float:
-        """Norm of the gradient of the loss summed over all ranks' batches."""
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
-        totals = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    def _norm_of(self, batches: Sequence[TrainBatch], denominators: Denominators, half: Half) -> float:
+        """Norm of the gradient of a half of the loss summed over all ranks' batches."""
+        totals = [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters]
         for batch in batches:
-            grads = torch.autograd.grad(loss_of(batch), parameters, allow_unused=True)
+            # The model itself, as DeepSpeed's forward would hook its own backward onto it.
+            loss = half(self._losses(self._model, batch, denominators))
+            grads = torch.autograd.grad(loss, self._parameters, allow_unused=True)
             for total, grad in zip(totals, grads, strict=True):
                 if grad is not None:
                     total += grad
         self._ranks.add_up_tensors(totals)
         return float(torch.nn.utils.get_total_norm(totals))
+
+    def _norm_of_shards(self, batches: Sequence[TrainBatch], denominators: Denominators, half: Half) -> float:
+        """The same where no rank may hold a whole gradient: DeepSpeed accumulates it, for a step that is not taken."""
+        num_empty = self._most(len(batches)) - len(batches)
+        padded = [*batches, *[build_batch([]).to(self._device)] * num_empty]
+        for number, batch in enumerate(padded, start=1):
+            losses = self._losses(self._engine, batch, denominators)
+            self._engine.set_gradient_accumulation_boundary(number == len(padded))
+            self._engine.backward(self._ranks.count * (half(losses) + 0.0 * losses.logprobs.sum()))
+        square = square_of_shards(self._parameters) if padded else 0.0
+        self._optimizer.zero_grad()
+        return math.sqrt(self._ranks.add_up([square])[0])
 
     def _most(self, number: int) -> int:
         """The largest of all ranks' numbers."""
@@ -192,36 +219,50 @@ class TrainEngine:
         return float(norm if sharded_norm is None else sharded_norm)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The policy's weights by Hugging Face name, on rank 0's CPU; empty elsewhere."""
-        if not self._ranks.is_first:
-            return {}
+        """What is trained, by its published name, on rank 0's CPU; empty elsewhere. Every rank must call it."""
         # Each parameter once: a head tied to the embedding comes with the embedding.
         return {
-            name: parameter.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
-            for name, parameter in self._model.lm.named_parameters()
+            name: parameter.to(device="cpu", dtype=dtype, copy=True).contiguous()
+            for name, parameter in whole(trained_parameters(self._model.lm))
+            if self._ranks.is_first
         }
 
     def parameters_hash(self) -> str:
-        """Names the model's parameters to the bit. They must be whole on this rank (ZeRO stage below 3)."""
+        """Names what is trained to the bit, on rank 0. Every rank must call it."""
         digest = hashlib.blake2b(digest_size=16)
-        for name, parameter in self._model.lm.named_parameters():
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        for name, parameter in whole(trained_parameters(self._model.lm)):
+            if self._ranks.is_first:
+                digest.update(name.encode())
+                digest.update(parameter.cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    @property
+    def _layout(self) -> dict[str, int]:
+        """What the shards in a checkpoint depend on, by configuration key."""
+        return {"learner.zero_stage": self._sharding.zero_stage, "learner.num_ranks": self._ranks.count}
+
     def save(self, folder: Path) -> None:
-        """Write model, optimizer and random states of this rank into `folder`. Every rank must call it."""
+        """Write what is trained, optimizer and random states of this rank into `folder`. Every rank must call it."""
+        if self._ranks.is_first:
+            (folder / LAYOUT).write_text(json.dumps(self._layout))
         self._engine.save_checkpoint(
-            str(folder), tag="state", client_state={"torch_rng": torch.get_rng_state()}, save_latest=False
-        )
+            str(folder), tag="state", client_state={"torch_rng": torch.get_rng_state()}, save_latest=False,
+            exclude_frozen_parameters=True,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Free what DeepSpeed took."""
         self._engine.destroy()
+        if self._sharding.shards_parameters:
+            forget_module()
 
     def restore(self, folder: Path) -> None:
-        """Load what `save` wrote with the same number of ranks."""
-        loaded, client_state = self._engine.load_checkpoint(str(folder), tag="state")
+        """Load what `save` wrote. Raises OperatorError where its shards are not those of these ranks."""
+        found = json.loads((folder / LAYOUT).read_text())
+        if found != self._layout:
+            raise OperatorError(f"{folder}: got {self._layout}, expected {found} as it was written with")
+        is_whole = all(p.requires_grad for p in self._model.parameters())
+        loaded, client_state = self._engine.load_checkpoint(str(folder), tag="state", load_module_strict=is_whole)
         if loaded is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint in it")
         torch.set_rng_state(client_state["torch_rng"])
@@ -235,13 +276,16 @@ def _plain_grad_norm(model: PolicyModel) -> float:
 
 def _deepspeed_config(settings: OptimizerSettings, *, dtype: torch.dtype, on_cpu: bool) -> dict[str, Any]:
     adam = {
-        "lr": 0.0, "betas": list(settings.adam_betas), "weight_decay": settings.weight_decay, "torch_adam": on_cpu,
+        "lr": 0.0, "betas": list(settings.adam_betas), "weight_decay": settings.weight_decay,
+        # DeepSpeed's own Adam for CPUs would be compiled at the first start, behind such a lock as SHARED_MEMORY_OP.
+        "torch_adam": on_cpu or settings.sharding.offload == "optimizer",
     }  # fmt: skip
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": settings.sharding.section(),
+        "zero_force_ds_cpu_optimizer": False,
         "optimizer": {"type": "AdamW", "params": adam},
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 1 << 30,

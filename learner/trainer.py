@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from common.config.schema import Config
+from common.weights.policy import pack_adapters
+from learner.adapters import Lora
 from learner.batch import TrainBatch, build_batch
 from learner.objective.importance import Correction
 from learner.policy_model import load_policy_model, resolve_compute_dtype
 from learner.ranks import Ranks
 from learner.rows import Row, deal, micro_batches, split_to_budget, unshare
 from learner.schedule import lr_of
+from learner.shards import Sharding, check_offload
 from learner.train_engine import Objective, OptimizerSettings, StepReport, TrainEngine
 
 PUBLISHED_DTYPE = torch.bfloat16
@@ -49,6 +52,8 @@ class Trainer:
         self._config = config
         self._ranks = ranks
         self._device = device
+        learner = config.learner
+        self._lora = Lora(learner.lora_rank, learner.lora_alpha, learner.lora_targets) if learner.lora_rank else None
         self._engine = self._make_engine(weights=None)
 
     def _make_engine(self, *, weights: Path | None) -> TrainEngine:
@@ -59,15 +64,16 @@ class Trainer:
             head_chunk_tokens=learner.head_chunk_tokens,
             recompute_activations=learner.recompute_activations,
             weights=weights,
+            lora=self._lora,
         )
         model.compute_dtype = resolve_compute_dtype(learner.compute_dtype, self._device)
         correction = Correction(
             kind=algorithm.correction, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high, cap=algorithm.cap,
             band=algorithm.band,
         )  # fmt: skip
-        settings = OptimizerSettings(
-            learner.weight_decay, learner.adam_betas, learner.max_grad_norm, learner.zero_stage
-        )
+        sharding = Sharding(learner.zero_stage, learner.overlap_comm, learner.offload)
+        check_offload(sharding, self._device)
+        settings = OptimizerSettings(learner.weight_decay, learner.adam_betas, learner.max_grad_norm, sharding)
         objective = Objective(correction, algorithm.expert_weighting)
         return TrainEngine(model, self._ranks, self._device, objective, settings)
 
@@ -91,11 +97,15 @@ class Trainer:
         return [[build_batch(some) for some in micro_batches(share, budget)] for share in deal(rows, self._ranks.count)]
 
     def published_tensors(self) -> dict[str, Tensor]:
-        """What a version consists of, on rank 0; empty elsewhere."""
-        return self._engine.tensors(PUBLISHED_DTYPE)
+        """What a version consists of, on rank 0; empty elsewhere. Every rank must call it."""
+        if not self._lora:
+            return self._engine.tensors(PUBLISHED_DTYPE)
+        adapters = self._engine.tensors(torch.float32)  # few, and what they are added to may be float32
+        base = Path(self._config.model.path)
+        return pack_adapters(adapters, base=base, scale=self._lora.scale) if adapters else {}
 
     def parameters_hash(self) -> str:
-        """Names the learner's parameters to the bit. Rank 0."""
+        """Names the learner's parameters to the bit. Every rank must call it."""
         return self._engine.parameters_hash()
 
     def save(self, folder: Path) -> None:

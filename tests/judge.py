@@ -4,7 +4,7 @@ The model's own forward in float64 gives each branch's log-probs, `tests/referen
 them, and autograd nothing but the chain from there to the parameters. Nothing of the learner is used but its rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,25 @@ class Judge:
             for name, parameter in self._model.named_parameters()
         }
         return Verdict(gradient, totals)
+
+
+class AdapterJudge(Judge):
+    """A judge of a model that was merged of W + scale · B · A: asked for what A and B get of the gradient of W."""
+
+    def __init__(self, merged: Path, adapters: Mapping[str, Tensor], scale: float) -> None:
+        super().__init__(merged)
+        self._adapters = {name: tensor.double() for name, tensor in adapters.items()}
+        self._scale = scale
+
+    def step(self, rows: Sequence[Row], *, correction: Correction, weighting: str, mu: float) -> Verdict:
+        verdict = super().step(rows, correction=correction, weighting=weighting, mu=mu)
+        gradient: dict[str, Tensor] = {}
+        for name in self._adapters:
+            module, _, kind = name.removesuffix(".weight").rpartition(".")
+            down, up = (self._adapters[f"{module}.{one}.weight"] for one in ("lora_A", "lora_B"))
+            slope = self._scale * verdict.gradient[f"{module}.weight"]
+            gradient[name] = up.T @ slope if kind == "lora_A" else slope @ down.T
+        return Verdict(gradient, verdict.metrics)
 
 
 def _policy(logprobs: Tensor, branch: Branch, correction: Correction, num_tokens: float) -> Outcome:

@@ -6,23 +6,49 @@ rank_steps.py MODEL OUTPUT_FOLDER RANK
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from learner.adapters import Lora
 from learner.objective.importance import Correction
 from learner.ranks import Ranks
 from learner.rows import Row, deal
-from learner.train_engine import Objective
+from learner.train_engine import Objective, TrainEngine
 from tests.judge import Judge
-from tests.steps import CPU, Cut, make_gauge, measure, random_rows
+from tests.steps import CPU, LORA, Cut, make_gauge, measure, random_rows, sharding_of
 
-STAGES = (0, 1, 2)
 MU = 0.3
 CUT = Cut(budget=64)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of which kind the training engine is."""
+
+    zero_stage: int
+    lora: Lora | None = None
+    overlap_comm: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        sharding = replace(sharding_of(self.zero_stage), overlap_comm=self.overlap_comm)
+        return {"sharding": sharding, "lora": self.lora}
+
+    def __str__(self) -> str:
+        return f"ZeRO {self.zero_stage}{', LoRA' if self.lora else ''}{', overlap' if self.overlap_comm else ''}"
+
+
+KINDS = (
+    *map(Kind, range(4)),
+    *(Kind(stage, LORA) for stage in range(4)),
+    *(Kind(stage, overlap_comm=True) for stage in (2, 3)),
+)
 
 
 @dataclass(frozen=True)
@@ -66,8 +92,8 @@ def share_of(rows: list[Row], case: Case, rank: int) -> list[Row]:
     return [row for kind in case.shares[rank] for row in kinds[kind]]
 
 
-def report_name(stage: int, case: Case) -> str:
-    return f"{stage}-{CASES.index(case)}"
+def report_name(kind: Kind, case: Case) -> str:
+    return f"{KINDS.index(kind)}-{CASES.index(case)}"
 
 
 def main(model: Path, output: Path, rank: int) -> None:
@@ -75,17 +101,34 @@ def main(model: Path, output: Path, rank: int) -> None:
     meeting = f"file://{output / 'meeting'}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     ranks, judge = Ranks(CPU), Judge(model)
-    for stage in STAGES:
-        gauge = make_gauge(model, ranks, zero_stage=stage)
+    for kind in KINDS:
+        gauge = make_gauge(model, ranks, **kind.options)
         for case in CASES:
             batches = CUT.batches(share_of(rows_of_case(judge, case), case, rank))
             gradient, report = measure(
                 gauge, batches, objective=Objective(Correction(), "phi"), mu=case.mu, measures_halves=True
             )
             if ranks.is_first:
-                save_file(gradient, output / f"{report_name(stage, case)}.safetensors")
-                (output / f"{report_name(stage, case)}.json").write_text(json.dumps(report.metrics))
+                save_file(gradient, output / f"{report_name(kind, case)}.safetensors")
+                (output / f"{report_name(kind, case)}.json").write_text(json.dumps(report.metrics))
+        save_weights(gauge, ranks, output / f"{KINDS.index(kind)}")
     ranks.close()
+
+
+def save_weights(gauge: TrainEngine, ranks: Ranks, path: Path) -> None:
+    """What the ranks publish after they have been through a checkpoint, beside their hashes before and after it."""
+    checkpoint = path.with_name(f"checkpoint-{path.name}")
+    checkpoint.mkdir(exist_ok=True)
+    ranks.barrier()
+    hashes = [gauge.parameters_hash()]
+    gauge.save(checkpoint)
+    ranks.barrier()
+    gauge.restore(checkpoint)
+    hashes.append(gauge.parameters_hash())
+    tensors = gauge.tensors(torch.float32)
+    if ranks.is_first:
+        save_file(tensors, path.with_suffix(".weights"))
+        path.with_suffix(".hashes").write_text(json.dumps(hashes))
 
 
 if __name__ == "__main__":

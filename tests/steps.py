@@ -12,11 +12,13 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from numpy.typing import NDArray
 from torch import Tensor
 
+from learner.adapters import Lora, trained_parameters
 from learner.batch import TrainBatch, build_batch
 from learner.objective.importance import Correction
-from learner.policy_model import load_policy_model
+from learner.policy_model import PolicyModel, load_policy_model
 from learner.ranks import Ranks
 from learner.rows import Branch, Row, deal, micro_batches, split_to_budget, unshare
+from learner.shards import Sharding
 from learner.train_engine import Objective, OptimizerSettings, StepReport, TrainEngine
 from tests import reference
 from tests.judge import Judge
@@ -24,6 +26,8 @@ from tests.judge import Judge
 VOCABULARY = 258
 MU, LR = 0.4, 1e-3
 CPU = torch.device("cpu")
+PLAIN = Sharding()
+LORA = Lora(rank=4, alpha=6.0, targets=())
 
 Weights = Literal["ones", "fractions", "sequence_mean"]
 """Of loss-bearing tokens: all alike, any, or those of each sequence adding up to 1."""
@@ -53,10 +57,26 @@ def some_rows(num_groups: int = 3, num_experts: int = 4, *, temperature: float =
     return groups + [row(1, is_expert=True) for _ in range(num_experts)]
 
 
-def make_engine(model_path: Path, ranks: Ranks, *, zero_stage: int = 0) -> TrainEngine:
-    model = load_policy_model(model_path, dtype=torch.float32, head_chunk_tokens=16)
-    settings = OptimizerSettings(weight_decay=0.0, adam_betas=(0.9, 0.999), max_grad_norm=1.0, zero_stage=zero_stage)
-    return TrainEngine(model, ranks, CPU, Objective(Correction(kind="tis"), "phi"), settings)
+def sharding_of(zero_stage: int) -> Sharding:
+    """In stage 3 even norms are dealt out, so that every parameter must be gathered."""
+    return Sharding(zero_stage, max_whole_entries=0)
+
+
+def make_engine(model_path: Path, ranks: Ranks, **kind: Any) -> TrainEngine:
+    settings = OptimizerSettings(0.0, (0.9, 0.999), max_grad_norm=1.0, sharding=kind.pop("sharding", PLAIN))
+    return TrainEngine(make_policy(model_path, **kind), ranks, CPU, Objective(Correction(kind="tis"), "phi"), settings)
+
+
+def make_policy(model_path: Path, *, recompute_activations: bool = False, lora: Lora | None = None) -> PolicyModel:
+    """Adapters are filled with numbers, the same ones in every process: those that peft begins with change nothing."""
+    model = load_policy_model(
+        model_path, dtype=torch.float32, head_chunk_tokens=16, recompute_activations=recompute_activations, lora=lora
+    )
+    if lora:
+        numbers = torch.Generator().manual_seed(3)
+        for _, parameter in trained_parameters(model.lm):
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=numbers)
+    return model
 
 
 def take_steps(
@@ -115,14 +135,13 @@ def with_other_padding(batch: TrainBatch, *, seed: int) -> TrainBatch:
     return replace(batch, prompts=prompts.view_as(batch.prompts), branches=branches.view_as(batch.branches))
 
 
-def make_gauge(model_path: Path, ranks: Ranks, *, zero_stage: int = 0) -> TrainEngine:
+def make_gauge(model_path: Path, ranks: Ranks, **kind: Any) -> TrainEngine:
     """An engine that shows gradients: Adam's first moment without memory is the gradient that its optimizer was given.
 
     At a learning rate of 0 the weights stay as they are, so that one engine measures any number of steps.
     """
-    model = load_policy_model(model_path, dtype=torch.float32, head_chunk_tokens=16)
-    settings = OptimizerSettings(weight_decay=0.0, adam_betas=(0.0, 0.999), max_grad_norm=1e9, zero_stage=zero_stage)
-    return TrainEngine(model, ranks, CPU, Objective(Correction(), "phi"), settings)
+    settings = OptimizerSettings(0.0, (0.0, 0.999), max_grad_norm=1e9, sharding=kind.pop("sharding", PLAIN))
+    return TrainEngine(make_policy(model_path, **kind), ranks, CPU, Objective(Correction(), "phi"), settings)
 
 
 def measure(
@@ -137,12 +156,12 @@ def measure(
     internals: Any = gauge
     internals._objective = objective
     report = gauge.step(batches, mu=mu, lr=0.0, measures_halves=measures_halves)
-    gradient = {name: _first_moment(internals, p) for name, p in internals._model.lm.named_parameters()}
+    gradient = {name: _first_moment(internals, p) for name, p in trained_parameters(internals._model.lm)}
     return gradient, report
 
 
 def _first_moment(gauge: Any, parameter: Tensor) -> Tensor:
-    if hasattr(parameter, "_hp_mapping"):
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
         return safe_get_full_optimizer_state(parameter, "exp_avg").clone()
     return gauge._optimizer.state[parameter]["exp_avg"].clone()
 

@@ -147,6 +147,10 @@ def test_infinite_options_come_back_too(tmp_path: Path) -> None:
         ("algorithm.group_size=1", ["algorithm.group_size", "got 1", "expected greater than or equal to 2"]),
         ("algorithm.band=[5, 1]", ["algorithm.band", "got [5.0, 1.0]", "expected [low, high]"]),
         ("algorithm.mu_decay_steps=0", ["algorithm.mu_decay_steps", "got 0 with mu_peak 0.9", "expected a decay"]),
+        (
+            "learner.offload=optimizer",
+            ["learner.offload", 'got "optimizer" with zero_stage 0', "expected zero_stage 1"],
+        ),
         ("expert.rows_per_step=0", ["expert.rows_per_step", "got 0", "chord_mu", "expected at least 1"]),
         ("algorithm.correction=none", ["algorithm.correction", 'got "none" with max_staleness 1', "expected a corr"]),
         (

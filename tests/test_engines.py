@@ -251,7 +251,7 @@ def test_transformers_refuses_tensors_that_are_not_the_models(spoil: str, polici
         async with running(EngineKind.TRANSFORMERS, policies) as engine:
             await engine.load(policies.snapshots[1])
             before = await engine.sample([60], SamplingParameters(0.0, 8))
-            with pytest.raises(ValueError, match=r"1 tensors do not fit the model, first (stray|model\.norm\.weight)"):
+            with pytest.raises(ValueError, match=r"1 tensors do not fit .*, first (stray|model\.norm\.weight)"):
                 await engine.load(wrong)
             after = await engine.sample([60], SamplingParameters(0.0, 8))
         assert engine.version == policies.snapshots[1].version

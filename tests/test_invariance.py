@@ -15,20 +15,38 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from common.weights.policy import pack_adapters, tensors_of_policy
+from learner.adapters import Lora, trained_parameters
 from learner.batch import TrainBatch, build_batch
+from learner.objective import importance
 from learner.objective.chord import expert_loss
-from learner.objective.importance import Correction, Kind
+from learner.objective.importance import Correction
 from learner.policy_model import load_policy_model
 from learner.ranks import Ranks
 from learner.rows import Branch, Row
 from learner.train_engine import Objective, TrainEngine
 from tests import reference
-from tests.judge import Judge, Verdict
-from tests.rank_steps import CASES, STAGES, Case, report_name, rows_of_case
-from tests.steps import CPU, LR, VOCABULARY, Cut, Weights, make_engine, make_gauge, measure, random_rows, weights_of
+from tests.judge import AdapterJudge, Judge, Verdict
+from tests.rank_steps import CASES, KINDS, Case, Kind, report_name, rows_of_case
+from tests.steps import (
+    CPU,
+    LORA,
+    LR,
+    VOCABULARY,
+    Cut,
+    Weights,
+    make_engine,
+    make_gauge,
+    make_policy,
+    measure,
+    random_rows,
+    sharding_of,
+    weights_of,
+)
 from tests.tiny_model import make_tiny_model
 
 TOLERANCE = 3e-5
@@ -37,7 +55,8 @@ TOLERANCE = 3e-5
 MEASURED = {"grad_norm", "policy_grad_norm", "expert_grad_norm", "mu_effective"}
 """Metrics that are no sums over tokens."""
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+CORRECTIONS: tuple[importance.Kind, ...] = get_args(importance.Kind)
+PLAIN = KINDS[0]
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +75,22 @@ def ranks() -> Ranks:
 
 
 @pytest.fixture(scope="module")
-def gauges(model_path: Path, ranks: Ranks) -> dict[int, TrainEngine]:
-    """By ZeRO stage."""
-    return {stage: make_gauge(model_path, ranks, zero_stage=stage) for stage in STAGES}
+def judges(model_path: Path, judge: Judge, tmp_path_factory: pytest.TempPathFactory) -> dict[Lora | None, Judge]:
+    """With adapters it is a judge of the policy that they stand for."""
+    folder = tmp_path_factory.mktemp("merged")
+    adapters = {
+        name: parameter.detach() for name, parameter in trained_parameters(make_policy(model_path, lora=LORA).lm)
+    }
+    save_file(pack_adapters(adapters, base=model_path, scale=LORA.scale), folder / "adapters")
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model.load_state_dict(dict(tensors_of_policy(folder / "adapters", model_path)), strict=False)
+    model.save_pretrained(folder)
+    return {None: judge, LORA: AdapterJudge(folder, adapters, LORA.scale)}
+
+
+@pytest.fixture(scope="module")
+def gauges(model_path: Path, ranks: Ranks) -> dict[Kind, TrainEngine]:
+    return {kind: make_gauge(model_path, ranks, **kind.options) for kind in KINDS}
 
 
 def quick(max_examples: int) -> Any:
@@ -75,7 +107,7 @@ cuts = st.builds(
 )
 
 
-def corrections(kind: Kind) -> st.SearchStrategy[Correction]:
+def corrections(kind: importance.Kind) -> st.SearchStrategy[Correction]:
     return st.builds(
         Correction,
         kind=st.just(kind),
@@ -132,42 +164,80 @@ def assert_halves(metrics: dict[str, float], judge: Judge, rows: list[Row], mu: 
     assert metrics["mu_effective"] == pytest.approx(reference.effective_mu(mu, policy, expert), abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CORRECTIONS)
 @quick(12)
 @given(data=st.data(), cut=cuts, mu=st.sampled_from([0.0, 0.3, 1.0]), weighting=st.sampled_from(["phi", "is", "none"]))
 def test_the_gradient_of_a_step_is_the_judges_however_it_is_cut(
-    kind: Kind, judge: Judge, gauges: dict[int, TrainEngine], data: st.DataObject, cut: Cut, mu: float, weighting: Any
+    kind: importance.Kind,
+    judge: Judge,
+    gauges: dict[Kind, TrainEngine],
+    data: st.DataObject,
+    cut: Cut,
+    mu: float,
+    weighting: Any,
 ) -> None:
     rows, correction = data.draw(steps(judge)), data.draw(corrections(kind))
     mu = mu_within(rows, mu)
-    gradient, report = measure(gauges[0], cut.batches(rows), objective=Objective(correction, weighting), mu=mu)
+    gradient, report = measure(gauges[PLAIN], cut.batches(rows), objective=Objective(correction, weighting), mu=mu)
     verdict = judge.step(rows, correction=correction, weighting=weighting, mu=mu)
     assert_judged(gradient, report.metrics, verdict)
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage > 0])
+@pytest.mark.parametrize("kind", KINDS[1:], ids=str)
 @quick(4)
 @given(data=st.data(), cut=cuts)
-def test_the_gradient_of_a_step_is_the_judges_in_every_zero_stage(
-    stage: int, judge: Judge, gauges: dict[int, TrainEngine], data: st.DataObject, cut: Cut
+def test_the_gradient_of_a_step_is_the_judges_for_every_kind_of_engine(
+    kind: Kind, judges: dict[Lora | None, Judge], gauges: dict[Kind, TrainEngine], data: st.DataObject, cut: Cut
 ) -> None:
+    judge = judges[kind.lora]
     rows, correction = data.draw(steps(judge)), Correction()
     mu = mu_within(rows, 0.3)
-    gradient, report = measure(gauges[stage], cut.batches(rows), objective=Objective(correction, "phi"), mu=mu)
+    gradient, report = measure(gauges[kind], cut.batches(rows), objective=Objective(correction, "phi"), mu=mu)
     assert_judged(gradient, report.metrics, judge.step(rows, correction=correction, weighting="phi", mu=mu))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @quick(3)
 @given(data=st.data(), cut=cuts, mu=st.sampled_from([0.0, 0.3, 1.0]))
 def test_measuring_the_halves_gives_the_judges_norms_and_leaves_the_gradient_alone(
-    stage: int, judge: Judge, gauges: dict[int, TrainEngine], data: st.DataObject, cut: Cut, mu: float
-) -> None:
+    kind: Kind, judges: dict[Lora | None, Judge], gauges: dict[Kind, TrainEngine], data: st.DataObject, cut: Cut,
+    mu: float,
+) -> None:  # fmt: skip
+    judge = judges[kind.lora]
     rows, objective = data.draw(steps(judge)), Objective(Correction(), "phi")
     mu = mu_within(rows, mu)
-    gradient, report = measure(gauges[stage], cut.batches(rows), objective=objective, mu=mu, measures_halves=True)
+    gradient, report = measure(gauges[kind], cut.batches(rows), objective=objective, mu=mu, measures_halves=True)
     assert_judged(gradient, report.metrics, judge.step(rows, correction=Correction(), weighting="phi", mu=mu))
     assert_halves(report.metrics, judge, rows, mu)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.zero_stage in (0, 3)], ids=str)
+def test_recomputed_activations_leave_the_gradient_the_judges(
+    kind: Kind, judges: dict[Lora | None, Judge], model_path: Path, ranks: Ranks
+) -> None:
+    gauge, judge = make_gauge(model_path, ranks, recompute_activations=True, **kind.options), judges[kind.lora]
+    rows = [row for half in halves(judge) for row in half]
+    verdict = judge.step(rows, correction=Correction(), weighting="phi", mu=0.3)
+    for cut in (Cut(), Cut(budget=25, num_empty=1)):
+        gradient, report = measure(gauge, cut.batches(rows), objective=Objective(Correction(), "phi"), mu=0.3)
+        assert_judged(gradient, report.metrics, verdict)
+
+
+@pytest.mark.parametrize("overlap_comm", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer_gets_the_gradient_of_every_micro_batch(
+    stage: int, overlap_comm: bool, judge: Judge, model_path: Path, ranks: Ranks
+) -> None:
+    sharding = replace(sharding_of(stage), offload="optimizer", overlap_comm=overlap_comm)
+    gauge, rows = make_gauge(model_path, ranks, sharding=sharding), [row for half in halves(judge) for row in half]
+    batches = Cut(budget=25).batches(rows)
+    assert len(batches) > 3
+    for _ in range(2):
+        gradient, report = measure(
+            gauge, batches, objective=Objective(Correction(), "phi"), mu=0.3, measures_halves=True
+        )
+        assert_judged(gradient, report.metrics, judge.step(rows, correction=Correction(), weighting="phi", mu=0.3))
+        assert_halves(report.metrics, judge, rows, 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -191,18 +261,29 @@ def two_ranks(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_two_ranks_have_the_gradient_of_the_judge_whoever_holds_what(
-    stage: int, case: Case, judge: Judge, two_ranks: Path
+    kind: Kind, case: Case, judges: dict[Lora | None, Judge], two_ranks: Path
 ) -> None:
-    name = report_name(stage, case)
+    name, rows, judge = report_name(kind, case), rows_of_case(judges[None], case), judges[kind.lora]
     gradient, metrics = (
         load_file(two_ranks / f"{name}.safetensors"),
         json.loads((two_ranks / f"{name}.json").read_text()),
     )
-    verdict = judge.step(rows_of_case(judge, case), correction=Correction(), weighting="phi", mu=case.mu)
-    assert_judged(gradient, metrics, verdict)
-    assert_halves(metrics, judge, rows_of_case(judge, case), case.mu)
+    assert_judged(gradient, metrics, judge.step(rows, correction=Correction(), weighting="phi", mu=case.mu))
+    assert_halves(metrics, judge, rows, case.mu)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_two_ranks_publish_whole_weights_that_their_checkpoint_gives_back(
+    kind: Kind, model_path: Path, two_ranks: Path
+) -> None:
+    name = str(KINDS.index(kind))
+    expected = dict(trained_parameters(make_policy(model_path, lora=kind.lora).lm))
+    published = load_file(two_ranks / f"{name}.weights")
+    assert_same_bits(published, {name: parameter.detach() for name, parameter in expected.items()})
+    before, after = json.loads((two_ranks / f"{name}.hashes").read_text())
+    assert before == after
 
 
 def halves(judge: Judge) -> tuple[list[Row], list[Row]]:
@@ -273,7 +354,7 @@ def test_the_pull_of_phi_on_a_logit_is_the_finite_difference_with_phi_frozen(p: 
 
 
 def test_a_micro_batch_of_nothing_but_nan_where_there_is_no_loss_leaves_a_finite_gradient(
-    judge: Judge, gauges: dict[int, TrainEngine]
+    judge: Judge, gauges: dict[Kind, TrainEngine]
 ) -> None:
     policy, experts = halves(judge)
     for rows, mu in ((policy, 0.0), (experts, 1.0)):
@@ -284,7 +365,7 @@ def test_a_micro_batch_of_nothing_but_nan_where_there_is_no_loss_leaves_a_finite
             )) for row in rows
         ]  # fmt: skip
         gradient, report = measure(
-            gauges[0], [build_batch(silent), build_batch(rows)], objective=Objective(Correction(), "phi"), mu=mu
+            gauges[PLAIN], [build_batch(silent), build_batch(rows)], objective=Objective(Correction(), "phi"), mu=mu
         )
         assert_judged(gradient, report.metrics, judge.step(rows, correction=Correction(), weighting="phi", mu=mu))
 

@@ -36,6 +36,19 @@ def test_a_run_killed_twice_is_bit_for_bit_the_one_that_was_not(tiny_model: Path
     assert replayed.strip().endswith(manifest["parameters_hash"])
 
 
+def test_a_run_with_sharded_parameters_is_bit_for_bit_the_one_that_was_not_killed(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = write_simulated_config(tmp_path, tiny_model, num_steps=6)
+    with LocalRun(config, "learner.zero_stage=3") as run:
+        run.wait_until(lambda: run.num_steps_done() >= 4)
+        run.components()["learner"].kill()
+        run.finish()
+    assert audit(run.folder)["violations"] == []
+    replayed = run_module("learner", "--replay", str(run.folder)).stdout
+    assert "replayed steps 1 to 6: bit for bit, 6 versions and the parameters of checkpoints [3, 6]" in replayed
+
+
 def test_a_run_is_taken_back_and_goes_on_otherwise(tiny_model: Path, tmp_path: Path) -> None:
     config = write_simulated_config(tmp_path, tiny_model, num_steps=7)
     with LocalRun(config) as run:

@@ -25,6 +25,7 @@ from learner.policy_model import load_policy_model
 from learner.ranks import Ranks
 from learner.rows import Row, micro_batches, policy_row
 from learner.shaping import Shaping
+from learner.shards import Sharding
 from learner.train_engine import Objective, OptimizerSettings, TrainEngine
 
 NUM_STEPS, NUM_GROUPS, GROUP_SIZE = 15, 8, 8
@@ -51,7 +52,11 @@ async def train(model_path: Path, folder: Path, *, sign: float) -> list[float]:
     model = load_policy_model(model_path, dtype=torch.float32, head_chunk_tokens=512)
     objective = Objective(Correction(kind="tis"), "none")
     learner = TrainEngine(
-        model, Ranks(torch.device("cpu")), torch.device("cpu"), objective, OptimizerSettings(0.0, (0.9, 0.999), 1.0, 0)
+        model,
+        Ranks(torch.device("cpu")),
+        torch.device("cpu"),
+        objective,
+        OptimizerSettings(0.0, (0.9, 0.999), 1.0, Sharding()),
     )
     rewards: list[float] = []
     await engine.start()

@@ -1,5 +1,7 @@
 """One optimizer step: log-probs are the model's own, and the gradient is the same however the step is cut up."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.errors import OperatorError
 from learner.batch import TrainBatch, build_batch
 from learner.objective.chord import chord_loss, expert_loss
 from learner.objective.importance import Correction
@@ -16,8 +19,19 @@ from learner.objective.policy import policy_loss
 from learner.policy_model import PolicyModel, load_policy_model
 from learner.ranks import Ranks
 from learner.rows import Row, deal, micro_batches, split_to_budget, unshare
+from learner.shards import Sharding, check_offload, whole
 from tests import reference
-from tests.steps import CPU, LR, MU, make_engine, some_rows, take_steps, weights_of, with_other_padding
+from tests.steps import (
+    CPU,
+    LR,
+    MU,
+    make_engine,
+    sharding_of,
+    some_rows,
+    take_steps,
+    weights_of,
+    with_other_padding,
+)
 from tests.tiny_model import make_tiny_model
 
 TOLERANCE = 2e-6
@@ -190,8 +204,8 @@ def test_ranks_get_balanced_shares_and_every_row_once() -> None:
 
 def test_zero_stages_and_splits_give_the_same_weights(model_path: Path, ranks: Ranks) -> None:
     expected = None
-    for zero_stage, budget in [(0, 4096), (0, 64), (2, 4096), (2, 64)]:
-        engine = make_engine(model_path, ranks, zero_stage=zero_stage)
+    for zero_stage, budget in [(0, 4096), (0, 64), (2, 4096), (2, 64), (3, 4096), (3, 64)]:
+        engine = make_engine(model_path, ranks, sharding=sharding_of(zero_stage))
         report = take_steps(engine, ranks, some_rows(), budget=budget)
         weights = weights_of(engine)
         if expected is None:
@@ -208,29 +222,74 @@ def test_a_rank_without_rows_takes_part_in_the_step(model_path: Path, ranks: Ran
     assert_close(weights_of(engine), before, tolerance=0.0)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_measuring_the_halves_tells_their_gradients_and_leaves_no_trace(
     model_path: Path, ranks: Ranks, zero_stage: int
 ) -> None:
     batches = [build_batch([row]) for row in some_rows()]
-    measured, plain = (make_engine(model_path, ranks, zero_stage=zero_stage) for _ in range(2))
+    measured, plain = (make_engine(model_path, ranks, sharding=sharding_of(zero_stage)) for _ in range(2))
     report = measured.step(batches, mu=MU, lr=LR, measures_halves=True)
     plain.step(batches, mu=MU, lr=LR)
     assert_close(weights_of(measured), weights_of(plain), tolerance=0.0)
     found = report.metrics
     for mu, name in ((0.0, "policy_grad_norm"), (1.0, "expert_grad_norm")):
-        alone = make_engine(model_path, ranks, zero_stage=zero_stage).step(batches, mu=mu, lr=LR)
+        alone = make_engine(model_path, ranks, sharding=sharding_of(zero_stage)).step(batches, mu=mu, lr=LR)
         assert found[name] == pytest.approx(alone.metrics["grad_norm"], rel=1e-4)
     expert, policy = MU * found["expert_grad_norm"], (1 - MU) * found["policy_grad_norm"]
     assert found["mu_effective"] == pytest.approx(expert / (expert + policy))
 
 
-def test_a_checkpoint_restores_the_run_to_the_bit(model_path: Path, ranks: Ranks, tmp_path: Path) -> None:
-    engine = make_engine(model_path, ranks)
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_checkpoint_restores_the_run_to_the_bit(
+    model_path: Path, ranks: Ranks, tmp_path: Path, zero_stage: int
+) -> None:
+    engine, other = (make_engine(model_path, ranks, sharding=sharding_of(zero_stage)) for _ in range(2))
     take_steps(engine, ranks, some_rows(), count=2)
     engine.save(tmp_path)
+    saved = engine.parameters_hash()
     take_steps(engine, ranks, some_rows(), count=1)
-    other = make_engine(model_path, ranks)
     other.restore(tmp_path)
+    assert other.parameters_hash() == saved != engine.parameters_hash()
     take_steps(other, ranks, some_rows(), count=1)
-    assert_close(weights_of(other), weights_of(engine), tolerance=0.0)
+    assert other.parameters_hash() == engine.parameters_hash()
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_what_a_closed_engine_took_is_free_again(model_path: Path, ranks: Ranks, zero_stage: int) -> None:
+    engine = make_engine(model_path, ranks, sharding=sharding_of(zero_stage))
+    take_steps(engine, ranks, some_rows())
+    internals: Any = engine
+    left = [weakref.ref(internals._model), weakref.ref(internals._engine)]
+    engine.close()
+    del engine, internals
+    gc.collect()
+    assert [reference() for reference in left] == [None, None]
+
+
+def test_a_checkpoint_of_another_zero_stage_is_named(model_path: Path, ranks: Ranks, tmp_path: Path) -> None:
+    make_engine(model_path, ranks).save(tmp_path)
+    with pytest.raises(OperatorError, match=r"got .*zero_stage': 3.* expected .*zero_stage': 0.* as it was written"):
+        make_engine(model_path, ranks, sharding=sharding_of(3)).restore(tmp_path)
+
+
+def test_parameters_are_made_whole_a_bucket_at_a_time(
+    model_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, sharded = (make_engine(model_path, ranks, sharding=sharding_of(stage)) for stage in (0, 3))
+    assert sharded.parameters_hash() == plain.parameters_hash()
+    internals: Any = sharded
+    named = list(internals._model.lm.named_parameters())
+    monkeypatch.setattr("learner.shards.BUCKET_BYTES", 64 * 1024)
+    num_whole = [sum(p.numel() == p.ds_numel for _, p in named) for _ in whole(named)]
+    assert 1 <= max(num_whole) < len(named)
+    assert not any(p.numel() for _, p in named)
+    assert sharded.parameters_hash() == plain.parameters_hash()
+
+
+def test_offload_is_refused_where_it_would_train_wrongly_or_move_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_offload(Sharding(2), CPU)
+    with pytest.raises(OperatorError, match=r'got "optimizer" on a machine without a GPU, expected "none"'):
+        check_offload(Sharding(2, offload="optimizer"), CPU)
+    monkeypatch.setattr("learner.shards.version", lambda _: "0.18.9+cpu")
+    with pytest.raises(OperatorError, match=r"with DeepSpeed 0.18.9\+cpu, expected DeepSpeed 0.19.0 or later"):
+        check_offload(Sharding(2, offload="optimizer"), torch.device("cuda"))

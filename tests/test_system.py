@@ -111,11 +111,12 @@ def test_sft_needs_no_actor_and_grpo_no_expert(tiny_model: Path, tmp_path: Path)
     assert read_summary(run.folder)["trajectories_trained"] == 8
 
 
-def test_two_ranks_train_a_run(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_ranks_train_a_run(tiny_model: Path, tmp_path: Path, zero_stage: int) -> None:
     config = write_config(
         tmp_path,
         tiny_model,
-        learner={"num_ranks": 2, "zero_stage": 2, "num_steps": 3, "num_threads": 1},
+        learner={"num_ranks": 2, "zero_stage": zero_stage, "num_steps": 3, "num_threads": 1},
         actor={"num_threads": 1},
     )
     import_experts(config)

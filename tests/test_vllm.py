@@ -18,11 +18,12 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_model import make_tiny_model, replay, snapshot_of
+from tiny_model import adapt, make_tiny_model, replay, snapshot_of
 
 from actors.engine import Answer, EngineDead, FinishReason, SamplingParameters
 from actors.engines.vllm import VllmEngine
 from common.config.schema import Actor
+from common.errors import OperatorError
 from common.weights.snapshot import Snapshot
 
 pytestmark = [
@@ -124,6 +125,33 @@ def test_log_probs_are_those_of_the_loaded_weights_at_the_temperature(bench: Ben
     for index, answer in enumerate(answers):
         assert set(answer.versions.tolist()) == {step}
         assert_replays(answer, [index, 9], bench.folders, temperature=0.7)
+
+
+def test_adapters_are_served_as_the_model_that_they_make_of_the_base(bench: Bench, tmp_path: Path):
+    snapshot, merged = adapt(bench.folders[1], tmp_path, step=9)
+
+    async def run() -> list[Answer]:
+        await bench.engine.load(bench.snapshots[2])
+        answers = []
+        for version in (snapshot, bench.snapshots[1]):  # what is merged is never merged into
+            await bench.engine.load(version)
+            answers.append(await bench.engine.sample([3, 9], SamplingParameters(0.0, 40)))
+        return answers
+
+    for answer in bench.run(run):
+        assert_replays(answer, [3, 9], {9: merged, 1: bench.folders[1]})
+
+
+def test_adapters_of_another_base_keep_the_version(bench: Bench, tmp_path: Path):
+    snapshot, _ = adapt(bench.folders[2], tmp_path, step=9)
+
+    async def run() -> None:
+        await bench.engine.load(bench.snapshots[1])
+        with pytest.raises(OperatorError, match=r"model.path: .* expected .*: the model that the learner adapts"):
+            await bench.engine.load(snapshot)
+        assert bench.engine.version == bench.snapshots[1].version
+
+    bench.run(run)
 
 
 def test_filters_for_evaluation_leave_only_the_likeliest_tokens(bench: Bench):
@@ -229,7 +257,7 @@ def test_a_load_that_fails_half_way_samples_nothing_until_one_succeeds(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     save_file({"model.embed_tokens.weight": torch.zeros(5, 5)}, tmp_path / "wrong")
-    monkeypatch.setattr("actors.engines.vllm.check_tensors", lambda *_, **__: None)
+    monkeypatch.setattr("actors.engines.vllm.check_fit", lambda *_, **__: None)
 
     async def run() -> Answer:
         await bench.engine.load(bench.snapshots[1])

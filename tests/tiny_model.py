@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from common.weights.policy import pack_adapters, shapes_of_base, tensors_of_policy
 from common.weights.snapshot import Snapshot, write_snapshot
 
 torch.set_num_threads(1)  # tensors this small gain nothing from a second thread, and lose much where cores are shared
@@ -53,6 +54,23 @@ def snapshot_of(folder: Path, path: Path, *, step: int) -> Snapshot:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     return write_snapshot(tensors, path, run_id="test", incarnation=1, step=step, chunk_bytes=1 << 20)
+
+
+def adapt(base: Path, folder: Path, *, step: int) -> tuple[Snapshot, Path]:
+    """A version of random adapters to the model in `base`, and a folder, in float32, of what they make of it."""
+    numbers = torch.Generator().manual_seed(step)
+    adapters = {
+        name.replace(".weight", f".lora_{kind}.weight"): 0.2 * torch.randn(size, generator=numbers)
+        for name, shape in shapes_of_base(base).items()
+        if "_proj" in name
+        for kind, size in (("A", (3, shape[1])), ("B", (shape[0], 3)))
+    }
+    tensors, path = pack_adapters(adapters, base=base, scale=0.5), folder / f"{step}.safetensors"
+    snapshot = write_snapshot(tensors, path, run_id="test", incarnation=1, step=step, chunk_bytes=1 << 20)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.load_state_dict(dict(tensors_of_policy(path, base)), strict=False)
+    model.save_pretrained(folder / "merged")
+    return snapshot, folder / "merged"
 
 
 @torch.no_grad()

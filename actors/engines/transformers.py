@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -25,6 +24,7 @@ from actors.engine import Answer, EngineDead, FinishReason, SamplingParameters, 
 from common.config.schema import Actor
 from common.version import Version
 from common.wait import wait_for
+from common.weights.policy import check_fit, tensors_of_policy
 from common.weights.snapshot import Snapshot
 
 MAX_ROWS = 64
@@ -176,7 +176,7 @@ class TransformersEngine:
         while self._loads and (is_between_batches or self._loads[0].in_flight):
             load = self._loads[0]
             try:
-                copy_weights(load.snapshot.path, self._model)
+                copy_weights(load.snapshot.path, self._model, base=self._model_path)
             except Exception as error:
                 load.future.set_exception(error)
             else:
@@ -242,20 +242,16 @@ def fastest_dtype(device: str) -> str:
 
 
 @torch.no_grad()
-def copy_weights(path: Path, model: PreTrainedModel) -> None:
-    """Copy a snapshot into `model` once its names and shapes are seen to be the model's; a tied head may be missing."""
-    got, expected = load_file(path), model.state_dict()
-    optional = {HEAD} if model.config.tie_word_embeddings else set()
-    wrong = (got.keys() ^ expected.keys()) - optional
-    wrong |= {name for name in got.keys() & expected.keys() if got[name].shape != expected[name].shape}
-    if wrong:
-        name = min(wrong)
-        shapes = [tuple(tensors[name].shape) if name in tensors else "none" for tensors in (got, expected)]
-        raise ValueError(
-            f"{path}: {len(wrong)} tensors do not fit the model, first {name}: got {shapes[0]}, expected {shapes[1]}"
-        )
-    for name, tensor in got.items():
-        expected[name].copy_(tensor)
+def copy_weights(path: Path, model: PreTrainedModel, *, base: Path) -> None:
+    """Copy the policy of a snapshot into `model` once its names and shapes are seen to be the model's.
+
+    A tied head may be missing; adapters are those of the model in the folder `base`.
+    """
+    weights = model.state_dict()
+    optional = {HEAD} if model.config.tie_word_embeddings else set[str]()
+    check_fit(path, {name: tuple(weight.shape) for name, weight in weights.items()}, base=base, optional=optional)
+    for name, tensor in tensors_of_policy(path, base):
+        weights[name].copy_(tensor)
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

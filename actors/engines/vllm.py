@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.engine import Answer, EngineDead, FinishReason, SamplingParameters, check_prompt
-from actors.engines.vllm_weights import BACKEND, Owner, read_shapes
+from actors.engines.vllm_weights import BACKEND, Owner
 from common.config.schema import Actor
 from common.errors import OperatorError
 from common.version import Version
 from common.wait import wait_for
+from common.weights.policy import check_fit, shapes_of_base
 from common.weights.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ class VllmEngine:
         assert self._llm is not None, "load before start"
         async with self._load_turn:
             tied = self._llm.model_config.hf_config.tie_word_embeddings
-            check_tensors(snapshot.path, self._model_path, optional={HEAD} if tied else set())
+            base = self._model_path
+            check_fit(snapshot.path, shapes_of_base(base), base=base, optional={HEAD} if tied else set())
             # Shielded: a caller that gives up must not leave vLLM paused or half loaded.
             with named_death():
                 await asyncio.shield(self._swap(self._llm, snapshot, mode="keep" if in_flight else "wait"))
@@ -249,19 +251,6 @@ def cpu_arguments(actor: Actor) -> dict[str, Any]:
 
 def gpu_arguments(actor: Actor) -> dict[str, Any]:
     return {"gpu_memory_utilization": actor.gpu_memory_frac}
-
-
-def check_tensors(path: Path, model_path: Path, *, optional: set[str]) -> None:
-    """Compare the snapshot's tensor names and shapes with the model folder's, before anything is touched."""
-    expected = {name: shape for file in model_path.glob("*.safetensors") for name, shape in read_shapes(file).items()}
-    got = read_shapes(path)
-    wrong = {name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)} - optional
-    if wrong:
-        name = min(wrong)
-        raise ValueError(
-            f"{path}: {len(wrong)} tensors do not fit {model_path}, first {name}: "
-            f"got {got.get(name, 'none')}, expected {expected.get(name, 'none')}"
-        )
 
 
 def label_of(version: Version) -> str:

@@ -9,10 +9,11 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from common.weights.policy import tensors_of_policy
 
 BACKEND = "chord"
 
@@ -33,7 +34,7 @@ def register() -> None:
     @dataclass
     class SnapshotFile(WeightTransferUpdateInfo):
         path: str
-        """A safetensors file with every tensor of the checkpoint; a tied head may be left out."""
+        """A snapshot with every tensor of the policy (a tied head may be left out), or with adapters to its base."""
 
     class SnapshotTransfer(WeightTransferEngine[Nothing, SnapshotFile]):
         """All happens in `receive_weights`: nothing before it touches the model, nothing is left to do after it."""
@@ -65,12 +66,16 @@ def register() -> None:
 
 
 def load_snapshot(model: Any, model_config: Any, path: Path) -> None:
-    """Load all weights by vLLM's layerwise reload, which also works where linear layers keep only packed weights."""
+    """Load all weights by vLLM's layerwise reload, which also works where linear layers keep only packed weights.
+
+    Adapters are merged into the weights of the folder that the engine was started from.
+    """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+    tensors = tensors_of_policy(path, Path(model_config.model))
     initialize_layerwise_reload(model)
     try:
-        model.load_weights(iterate_tensors(path))
+        model.load_weights((name, tensor.to(model_config.dtype)) for name, tensor in tensors)
     finally:  # also after a failure, so that the next load begins anew
         finalize_layerwise_reload(model, model_config)
     pack_tied_heads(model)
@@ -83,22 +88,6 @@ def pack_tied_heads(model: Any) -> None:
     for layer in model.modules():
         if isinstance(layer, ParallelLMHead):
             layer.quant_method.process_weights_after_loading(layer)
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a safetensors file, from its header alone."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 -- not a mapping
-
-
-def iterate_tensors(path: Path) -> Iterator[tuple[str, Any]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 -- not a mapping
-            yield name, file.get_tensor(name)
 
 
 @dataclass(frozen=True)

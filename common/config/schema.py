@@ -189,7 +189,13 @@ class Learner(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
     adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's β")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="global gradient norm is clipped to this")
-    zero_stage: Annotated[int, Field(ge=0, le=2)] = Field(0, description="DeepSpeed ZeRO stage; 3 is not built yet")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        0, description="DeepSpeed ZeRO: ranks share out the optimizer (1), gradients too (2), parameters too (3)"
+    )
+    overlap_comm: bool = Field(False, description="ZeRO: communicate while gradients are still computed (on GPUs)")
+    offload: Literal["none", "optimizer"] = Field(
+        "none", description="optimizer keeps its state, and steps, in host memory (on GPUs, with zero_stage 1 to 3)"
+    )
     num_ranks: Positive = Field(1, description="training processes; more than 1 starts them through torchrun")
     num_threads: Count = Field(0, description="CPU threads of one rank; 0 leaves it to torch")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -205,6 +211,11 @@ class Learner(Section):
         20,
         description="steps between measurements of effective μ, each as dear as a step's training; 0: none",
     )
+    lora_rank: Count = Field(0, description="train LoRA adapters of this rank in place of the weights; 0: the weights")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="adapters are scaled by lora_alpha / lora_rank")
+    lora_targets: tuple[str, ...] = Field(
+        (), description="linear layers that get adapters, such as q_proj; empty: every one but the head"
+    )
     share_prompts: bool = Field(True, description="compute a group's prompt once for its K answers")
     checkpoint_every_steps: Positive = Field(50, description="optimizer steps between checkpoints")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
@@ -217,6 +228,12 @@ class Learner(Section):
     group_timeout_s: Seconds = Field(600.0, description="longest wait for a group while training")
     eval_timeout_s: Seconds = Field(600.0, description="longest wait at the end for evaluations still running")
     step_timeout_s: Seconds = Field(1200.0, description="longest optimizer step, checkpoint or snapshot")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(f'learner.offload: got "{self.offload}" with zero_stage 0, expected zero_stage 1, 2 or 3')
+        return self
 
 
 class Network(Section):

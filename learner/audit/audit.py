@@ -16,6 +16,7 @@ from common.weights.snapshot import read_snapshot
 from common.wire.codec import WireError
 from common.wire.groups import from_blob
 from learner.checkpoints import Checkpoints
+from learner.final import EXPORT
 from learner.handover import CHOICE, Choice
 from learner.ledger.account import Account, Yield
 from learner.ledger.database import Database
@@ -93,7 +94,8 @@ def _report(run_dir: RunDir, database: Database, files: Files, *, is_over: bool)
         *_bodies(database, history), *_checkpoint_violations(files.checkpoints, history),
         *_lines("metrics.jsonl", files.metrics, account.records(), slack),
         *_lines("eval.jsonl", files.evaluations, account.evaluations(), slack * account.num_evaluated_tasks()),
-        *_versions(account, history, Choice.read(database.fact(CHOICE))), *_final(run_dir, history, is_over=is_over),
+        *_versions(account, history, Choice.read(database.fact(CHOICE))),
+        *_final(run_dir, history, database.fact(EXPORT), is_over=is_over),
     ]  # fmt: skip
     return Report(
         run_id=database.fact("run_id") or "",
@@ -255,15 +257,16 @@ def _versions(account: Account, history: History, choice: Choice | None) -> Iter
             yield f"evaluations: that of version {line['step']} on {line['task']} was made with other weights"
 
 
-def _final(run_dir: RunDir, history: History, *, is_over: bool) -> Iterator[str]:
-    """The exported policy is the last version, byte for byte."""
+def _final(run_dir: RunDir, history: History, exported: str | None, *, is_over: bool) -> Iterator[str]:
+    """The exported policy is the last version, byte for byte; where that holds adapters, what was made of it."""
     weights = run_dir.final / "model.safetensors"
     if not (is_over and weights.exists()):
         return
     last = history.num_batches()
-    chunk_bytes = resolve_config(run_dir.config).config.network.chunk_bytes
+    config = resolve_config(run_dir.config).config
+    chunk_bytes, is_merged = config.network.chunk_bytes, config.learner.lora_rank > 0
     found = read_snapshot(weights, run_id="", incarnation=0, step=last, chunk_bytes=chunk_bytes).version.hash
-    if found != (expected := history.version_hashes().get(last)):
+    if found != (expected := exported if is_merged else history.version_hashes().get(last)):
         yield f"final: {weights} has hash {found}, expected {expected}, which version {last} was published with"
 
 
