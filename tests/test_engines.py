@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.engine import Answer, Engine, FinishReason, SamplingParameters
 from actors.engines.choose import make_engine
-from actors.engines.transformers import draw
+from actors.engines.drawing import draw
 from common.config.schema import Actor, EngineKind
 from common.errors import WaitTimeout
 from common.weights.snapshot import Snapshot, write_snapshot
