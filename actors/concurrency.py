@@ -38,7 +38,7 @@ class Concurrency:
         return int(self._limit)
 
     def note_end(self, pressure: Pressure, *, num_groups: int) -> None:
-        """One of `num_groups` in flight has ended."""
+        """One of `num_groups` in flight, itself among them, was sampled to its end."""
         was_preempted = pressure.num_preemptions > self._num_preemptions
         self._num_preemptions = pressure.num_preemptions
         if was_preempted or pressure.waiting_frac > MOST_WAITING_FRAC:

@@ -169,7 +169,6 @@ class Worker:
         task.add_done_callback(lambda done: self._end(lease.lease_id, done))
 
     def _end(self, lease_id: str, done: "asyncio.Task[None]") -> None:
-        self._concurrency.note_end(self._engine.pressure, num_groups=len(self._groups))
         del self._groups[lease_id]
         if not done.cancelled() and (error := done.exception()):
             self._failure = error
@@ -180,6 +179,7 @@ class Worker:
         try:
             with self._idle.busy():
                 group = await self._parts.rollout.group(lease)
+            self._concurrency.note_end(self._engine.pressure, num_groups=len(self._groups))
             message = group_header(group), group_frames(group)
         except* SamplingFailed as failures:
             reason = str(failures.exceptions[0])
