@@ -1,4 +1,4 @@
-"""How many groups an actor works on at a time: a limit that rises while its engine has room, and falls where it has not."""
+"""How many groups an actor works on at a time: a limit that rises while its engine has room, and falls where not."""
 
 from collections import deque
 
