@@ -379,7 +379,7 @@ def test_answers_that_fail_cost_their_lease_and_not_the_actor(
 
 def most_at_a_time(learner: HandLearner) -> int:
     """Groups that the actor had or asked for, in any request."""
-    return max(len(request.held) + request.capacity for request in learner.of(WorkRequest))
+    return max((len(request.held) + request.capacity for request in learner.of(WorkRequest)), default=0)
 
 
 def test_an_actor_takes_on_more_groups_while_its_engine_has_room(
