@@ -17,8 +17,8 @@ class Concurrency:
     The evidence is a group's end: it has taken all the room that it ever will.
 
     - Answers were preempted since the last end, or most of them wait: the limit becomes half of the groups in flight, 1
-      at least. Those that were begun under the old limit are not held against the new one: until no more are in flight
-      than it allows, it does not fall again.
+      at least. Those that were in flight then are no evidence for or against the new limit: until so many have ended,
+      it stays.
     - No answer waits, the KV cache has room, and the learner has filled the group's place again: the limit grows by its
       reciprocal, one group each time that all of them have ended; until it first fell, by one at each end.
     - Else it stays: an actor that finds no work has learned nothing of what its engine bears.
@@ -29,6 +29,8 @@ class Concurrency:
         self._most = min(most or MAX_LEASES, MAX_LEASES)
         self._limit = float(min(FIRST_GROUPS, self._most))
         self._has_fallen = False
+        self._num_old = 0
+        """Groups still to end that were in flight when it fell."""
         self._num_vacancies = 0
         """Groups that have ended with room to spare, and whose place was not asked for yet."""
         self._num_preemptions = 0
@@ -41,12 +43,13 @@ class Concurrency:
         """One of `num_groups` in flight, itself among them, was sampled to its end."""
         was_preempted = pressure.num_preemptions > self._num_preemptions
         self._num_preemptions = pressure.num_preemptions
-        if was_preempted or pressure.waiting_frac > MOST_WAITING_FRAC:
-            self._num_vacancies = 0
-            if num_groups <= self._limit:
-                self._limit = max(num_groups / 2, 1.0)
-                self._has_fallen = True
-        elif num_groups <= self._limit and pressure.waiting_frac == 0 and pressure.kv_cache_frac < FULL_FRAC:
+        if self._num_old:
+            self._num_old -= 1
+        elif was_preempted or pressure.waiting_frac > MOST_WAITING_FRAC:
+            self._limit = max(min(num_groups, self._limit) / 2, 1.0)
+            self._has_fallen = True
+            self._num_old, self._num_vacancies = num_groups - 1, 0
+        elif pressure.waiting_frac == 0 and pressure.kv_cache_frac < FULL_FRAC:
             self._num_vacancies += 1
 
     def note_leases(self, *, asked: int, granted: int) -> bool:

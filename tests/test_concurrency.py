@@ -71,7 +71,9 @@ def test_it_halves_where_answers_were_preempted_and_then_rises_by_one_group_each
     for _ in range(12):
         turn(concurrency, ROOM, num_groups=concurrency.limit)
     turn(concurrency, overfull(3), num_groups=16)
-    assert concurrency.limit == 8
+    for num_groups in range(15, 0, -1):
+        turn(concurrency, Pressure(num_preemptions=3), num_groups=num_groups)
+        assert concurrency.limit == 8
     for expected in (9, 10):
         num_turns = 0
         while concurrency.limit < expected:
@@ -82,17 +84,17 @@ def test_it_halves_where_answers_were_preempted_and_then_rises_by_one_group_each
 
 def test_groups_begun_under_the_old_limit_are_not_held_against_the_new_one() -> None:
     concurrency = Concurrency()
-    for num_preemptions, num_groups in enumerate((4, 3), start=1):
+    for num_preemptions, num_groups in enumerate((4, 3, 2, 2), start=1):
         concurrency.note_end(overfull(num_preemptions), num_groups=num_groups)
-    assert concurrency.limit == 2
-    concurrency.note_end(overfull(3), num_groups=2)
+        assert concurrency.limit == 2
+    concurrency.note_end(overfull(5), num_groups=2)
     assert concurrency.limit == 1
 
 
 def test_preemptions_of_long_ago_count_once() -> None:
     concurrency = Concurrency()
-    turn(concurrency, overfull(5), num_groups=4)
-    turn(concurrency, overfull(5), num_groups=2)
+    for num_groups in (4, 3, 2, 2, 2):
+        turn(concurrency, overfull(5), num_groups=num_groups)
     assert concurrency.limit == 2
 
 

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save_file
 from tiny_model import make_tiny_model, replay, snapshot_of
 
-from actors.concurrency import FIRST_GROUPS, Concurrency
 from actors.engine import Answer, EngineDead, FinishReason, SamplingParameters
 from actors.engines.vllm import VllmEngine
 from common.config.schema import Actor
@@ -260,54 +259,6 @@ def test_a_caller_that_gives_up_on_a_load_leaves_the_engine_sampling(bench: Benc
     answer = bench.run(run)
     assert set(answer.versions.tolist()) == {2}
     assert_replays(answer, [4], bench.folders)
-
-
-async def limits_of(engine: VllmEngine, *, num_groups: int, group_size: int = 4, max_tokens: int = 200) -> list[int]:
-    """How many groups an actor with endless leases works on at a time, as each of `num_groups` ends."""
-    concurrency, running, limits = Concurrency(), set[asyncio.Future[Any]](), list[int]()
-    while len(limits) < num_groups:
-        asked = max(concurrency.limit - len(running), 0)
-        for _ in range(asked):
-            answers = (engine.sample([7, 8, 9], SamplingParameters(1.0, max_tokens)) for _ in range(group_size))
-            running.add(asyncio.gather(*answers))
-        concurrency.note_leases(asked=asked, granted=asked)
-        done, pending = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        for ended in range(len(done)):
-            concurrency.note_end(engine.pressure, num_groups=len(running) - ended)
-            limits.append(concurrency.limit)
-        running = pending
-    await asyncio.gather(*running)
-    return limits
-
-
-def test_an_actor_takes_on_more_groups_where_the_kv_cache_has_room(bench: Bench):
-    async def run() -> list[int]:
-        await bench.engine.load(bench.snapshots[1])
-        return await limits_of(bench.engine, num_groups=16, max_tokens=30)
-
-    limits = bench.run(run)
-    assert limits == sorted(limits)
-    assert limits[-1] > FIRST_GROUPS
-    assert bench.engine.pressure.num_preemptions == 0
-
-
-def test_an_actor_backs_off_where_the_kv_cache_is_too_small(bench: Bench):
-    """There is room for one group: 4 answers of 200 tokens take two blocks of 128 each, and the cache has 9."""
-    actor = ACTOR.model_copy(update={"kv_cache_gib": 9 * 2**17 / 2**30})
-    engine = VllmEngine(bench.folders[1], actor=actor, vocab_size=VOCAB_SIZE, end_tokens=frozenset())
-
-    async def run() -> list[int]:
-        await engine.start()
-        try:
-            await engine.load(bench.snapshots[1])
-            return await limits_of(engine, num_groups=12)
-        finally:
-            await engine.close()
-
-    limits = bench.run(run)
-    assert max(limits) <= FIRST_GROUPS
-    assert limits[-1] <= 2
-    assert engine.pressure.num_preemptions > 0
 
 
 def test_an_engine_process_that_is_killed_is_told_by_answers_and_probes(bench: Bench):
