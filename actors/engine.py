@@ -61,6 +61,18 @@ def check_prompt(prompt: Sequence[int], *, vocab_size: int, max_model_tokens: in
         raise ValueError(f"prompt: got token ids from {min(prompt)} to {max(prompt)}, expected 0 to {vocab_size - 1}")
 
 
+@dataclass(frozen=True, slots=True)
+class Pressure:
+    """How full an engine is; what it cannot tell is 0."""
+
+    kv_cache_frac: float = 0.0
+    """Share of its KV cache that running answers take."""
+    waiting_frac: float = 0.0
+    """Share of the answers under way that wait for room in its batch or its KV cache."""
+    num_preemptions: int = 0
+    """Times since its start that an answer lost its keys and values to others, which must be computed again."""
+
+
 class Engine(Protocol):
     """Samples many answers at once; `load` swaps weights while they run."""
 
@@ -75,6 +87,11 @@ class Engine(Protocol):
     @property
     def num_running(self) -> int:
         """Answers under way."""
+        ...
+
+    @property
+    def pressure(self) -> Pressure:
+        """How full it was when it last looked, a step of decoding ago as a rule."""
         ...
 
     async def start(self) -> None:

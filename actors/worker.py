@@ -8,12 +8,13 @@ Everything ends with `drain`, with the run, or with an engine that is beyond hel
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from actors.concurrency import Concurrency
 from actors.fitter import Fitter
 from actors.guard import SamplingFailed, describe
+from actors.idle_clock import IdleClock
 from actors.link import LearnerLink
 from actors.metrics import ActorMetrics
 from actors.standing import Standing
@@ -62,8 +63,8 @@ class Worker:
         self._show = show
         self._groups: dict[str, asyncio.Task[None]] = {}
         self._sampled_tokens = 0
-        self._idle_s = 0.0
-        self._idle_since: float | None = None
+        self._idle = IdleClock()
+        self._concurrency = Concurrency(limits.max_groups_in_flight)
         self._wake = asyncio.Event()
         self._failure: BaseException | None = None
         self._drain = asyncio.Event()
@@ -127,15 +128,17 @@ class Worker:
     async def _ask_for_work(self) -> str:
         while True:
             self._wake.clear()
-            self._show(self.state, self._describe())
-            work = await self._link.ask(self._request(), Work, phase="work")
+            self._observe()
+            request = self._request()
+            work = await self._link.ask(request, Work, phase="work")
+            if self._concurrency.note_leases(asked=request.capacity, granted=len(work.leases)):
+                self.wake()
             self._fitter.want(work.newest)
             self._standing.compare(work.newest)
             for lease in work.leases:
                 self._begin(lease)
             if work.is_finished:
                 return "the run is over"
-            self._count_idle_time()
             with suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_S):
                     await self._wake.wait()
@@ -146,8 +149,8 @@ class Worker:
         has_room = self._parts.guard.is_started and not self._drain.is_set()
         return WorkRequest(
             state=self.state, serving=self._standing.serving, held=tuple(self._groups),
-            capacity=max(self._limits.max_groups_in_flight - len(self._groups), 0) if has_room else 0,
-            sampled_tokens=self._sampled_tokens, idle_s=self._idle_s,
+            capacity=max(self._concurrency.limit - len(self._groups), 0) if has_room else 0,
+            sampled_tokens=self._sampled_tokens, idle_s=self._idle.idle_s,
         )  # fmt: skip
 
     @property
@@ -161,8 +164,6 @@ class Worker:
     def _begin(self, lease: Lease) -> None:
         if self._drain.is_set() or lease.lease_id in self._groups:
             return
-        self._count_idle_time()
-        self._idle_since = None
         task = asyncio.create_task(self._run_group(lease), name=f"group {lease.lease_id}")
         self._groups[lease.lease_id] = task
         task.add_done_callback(lambda done: self._end(lease.lease_id, done))
@@ -171,14 +172,14 @@ class Worker:
         del self._groups[lease_id]
         if not done.cancelled() and (error := done.exception()):
             self._failure = error
-        if not self._groups:
-            self._idle_since = time.monotonic()
         self.wake()
 
     async def _run_group(self, lease: Lease) -> None:
         reason = ""
         try:
-            group = await self._parts.rollout.group(lease)
+            with self._idle.busy():
+                group = await self._parts.rollout.group(lease)
+            self._concurrency.note_end(self._engine.pressure, num_groups=len(self._groups))
             message = group_header(group), group_frames(group)
         except* SamplingFailed as failures:
             reason = str(failures.exceptions[0])
@@ -204,13 +205,11 @@ class Worker:
             LeaseFailure(lease_id=lease.lease_id, reason=reason), Receipt, phase="the receipt of a failure"
         )
 
-    def _count_idle_time(self) -> None:
-        now = time.monotonic()
-        if self._groups or self._engine.version is None:
-            self._idle_since = None
-        elif self._idle_since is None:
-            self._idle_since = now
-        else:
-            self._idle_s += now - self._idle_since
-            self._idle_since = now
-        self._metrics.observe(self._engine.version, len(self._groups), self._idle_s, self._fitter)
+    def _observe(self) -> None:
+        """Keep the clock, the pulse and the metrics up to date."""
+        version = self._engine.version
+        if version:
+            self._idle.start()
+        self._show(self.state, self._describe())
+        self._metrics.observe(version, self._fitter, num_groups=len(self._groups), idle_s=self._idle.idle_s)
+        self._metrics.observe_engine(self._engine.pressure, self._concurrency.limit)

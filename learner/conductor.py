@@ -16,6 +16,7 @@ from learner.checkpoints import Checkpoints
 from learner.final import EXPORT, export_policy
 from learner.handover import kept_policy, require_kept_policy
 from learner.host import Host
+from learner.peers import Labour
 from learner.ranks import Ranks
 from learner.recorder import describe_bias, describe_groups
 from learner.source import Stopped
@@ -28,13 +29,13 @@ BIAS_STEPS = 64
 """What was sampled is compared with what was trained over the groups of so many steps."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Meter:
-    """Rates between two steps: what all actors sampled, and how long they idled."""
+    """Read at the end of every step; what lies between two readings is a step, from one optimizer step to the next."""
 
     time: float
-    sampled_tokens: int = 0
-    idle_s: float = 0.0
+    labour: Labour
+    """Of all actors."""
 
 
 class Conductor:
@@ -50,7 +51,7 @@ class Conductor:
         self._stop_on_signals()
         self._trainer = Trainer(config, self._ranks, device)
         self._checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", keep=learner.keep_checkpoints)
-        self._meter = Meter(time.monotonic())
+        self._meter = Meter(time.monotonic(), Labour())
 
     def run(self) -> bool:
         """Train to the last step; True where it was reached, False where the run was asked to stop before."""
@@ -92,7 +93,6 @@ class Conductor:
 
     def _take_step(self, step: int) -> bool:
         """One optimizer step; False where the run was asked to stop instead."""
-        started = time.monotonic()
         rows = self._next_rows(step)
         mu = self._ranks.share_number(rows.mu if rows else -1.0)
         if mu < 0:
@@ -100,7 +100,7 @@ class Conductor:
         taken = self._trainer.take(step, rows.rows if rows else None, mu=mu)
         if self._host and rows:
             self._host.source.record_uses(rows.composition)
-            self._record(rows, taken, started=started)
+            self._record(rows, taken)
         return True
 
     def _next_rows(self, step: int) -> StepRows | None:
@@ -179,15 +179,14 @@ class Conductor:
             self._host.say_farewell()
         self._host.phase = "ended"
 
-    def _record(self, rows: StepRows, taken: Taken, *, started: float) -> None:
+    def _record(self, rows: StepRows, taken: Taken) -> None:
         host = self._host
         assert host
         step, report, train_s, waited_s = rows.composition.step, taken.report, taken.train_s, host.source.waited_s
         metrics = report.metrics
         square = metrics["policy_ratio_sq_mean"]
-        now, peers = time.monotonic(), host.inbox.peers
-        meter = Meter(now, peers.sampled_tokens, sum(peer.idle_s for peer in peers.all()))
-        elapsed = max(now - self._meter.time, 1e-9)
+        meter = Meter(time.monotonic(), host.inbox.peers.labour)
+        step_s, labour = max(meter.time - self._meter.time, 1e-9), meter.labour.since(self._meter.labour)
         host.recorder.add_step(
             {
                 "step": step + 1,
@@ -208,13 +207,13 @@ class Conductor:
                 "wait_s": waited_s,
                 "train_s": train_s,
                 "publish_s": self._publish_s,
-                "step_s": now - started,
+                "step_s": step_s,
                 "learner_tokens_per_s": (report.num_policy_tokens + report.num_expert_tokens) / train_s,
-                "actor_tokens_per_s": max(meter.sampled_tokens - self._meter.sampled_tokens, 0) / elapsed,
-                "learner_wait_frac": waited_s / (now - started),
-                "actor_idle_frac": min(
-                    max(meter.idle_s - self._meter.idle_s, 0.0) / elapsed / max(len(peers.actors()), 1), 1.0
-                ),
+                "actor_tokens_per_s": labour.sampled_tokens / step_s,
+                "learner_wait_frac": waited_s / step_s,
+                "actor_served_s": labour.served_s,
+                "actor_idle_s": labour.idle_s,
+                "actor_idle_frac": labour.idle_frac,
                 "weight_bytes_sent": host.server.sent_bytes,
                 "trajectory_bytes_received": host.inbox.received_bytes,
             }

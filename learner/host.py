@@ -278,7 +278,7 @@ class Host:
                     "engine": peer.engine,
                     "state": peer.state,
                     "serving_step": peer.serving_step,
-                    "sampled_tokens": peer.sampled_tokens,
+                    "sampled_tokens": peer.labour.sampled_tokens,
                     "silence_s": peer.silence_s,
                 }
                 for peer in self.inbox.peers.all()

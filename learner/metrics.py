@@ -38,6 +38,8 @@ GAUGES = {
     "sampled_answer_tokens_mean": ("chord_sampled_answer_tokens_mean", "Mean length of the answers that came."),
     "trained_answer_tokens_mean": ("chord_trained_answer_tokens_mean", "Mean length of the answers trained on."),
     "staleness_max": ("chord_staleness_steps_max", "Largest staleness in the last batch."),
+    "learner_wait_frac": ("chord_learner_wait_ratio", "Share of the last step in which the learner waited for groups."),
+    "actor_idle_frac": ("chord_actors_idle_ratio", "Share of their time in which actors had no group to sample."),
     "actor_tokens_per_s": ("chord_actor_tokens_per_second", "Tokens that all actors sampled per second."),
     "learner_tokens_per_s": ("chord_learner_tokens_per_second", "Loss-bearing tokens trained per second of training."),
 }

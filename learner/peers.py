@@ -2,12 +2,42 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Self
 
 from common.wire.connections import IDLE_BYTES_PER_S, Connection
 from common.wire.messages import ActorState, Hello, Role, WorkRequest
 
 COUNT_S = 1.0
 """Between two looks at the bytes that a peer's connection has brought."""
+
+
+@dataclass(frozen=True)
+class Labour:
+    """What actors have done, each since this learner first heard it serve a version."""
+
+    sampled_tokens: int = 0
+    served_s: float = 0.0
+    """Time in which it had weights to sample with, up to its last report."""
+    idle_s: float = 0.0
+    """The part of it without a group to sample or score."""
+
+    def __add__(self, other: Self) -> "Labour":
+        return Labour(
+            self.sampled_tokens + other.sampled_tokens, self.served_s + other.served_s, self.idle_s + other.idle_s
+        )
+
+    def since(self, before: Self) -> "Labour":
+        """What was added to `before`; never less than nothing, even where an actor is just leaving."""
+        return Labour(
+            max(self.sampled_tokens - before.sampled_tokens, 0),
+            max(self.served_s - before.served_s, 0.0),
+            max(self.idle_s - before.idle_s, 0.0),
+        )
+
+    @property
+    def idle_frac(self) -> float:
+        """0 where nobody served."""
+        return min(self.idle_s / self.served_s, 1.0) if self.served_s else 0.0
 
 
 @dataclass
@@ -23,8 +53,9 @@ class Peer:
     state: ActorState = ActorState.STARTING
     serving_step: int | None = None
     """None while it serves no announced weights."""
-    sampled_tokens: int = 0
-    idle_s: float = 0.0
+    labour: Labour = Labour()
+    served_from: tuple[float, WorkRequest] | None = None
+    """When it was first heard to serve a version, and what it said then: an actor may be older than its learner."""
     last_heard: float = field(default_factory=time.monotonic)
     num_refused_groups: int = 0
     """Since its last good one."""
@@ -55,7 +86,7 @@ class Peers:
 
     def __init__(self) -> None:
         self._peers: dict[str, Peer] = {}
-        self._departed_tokens = 0
+        self._departed = Labour()
 
     def join(self, hello: Hello, connection: Connection) -> str | None:
         """Note a peer; returns the session of an earlier process of the same name, whose leases are void."""
@@ -64,7 +95,7 @@ class Peers:
             earlier.connection = connection
             return None
         if earlier:
-            self._departed_tokens += earlier.sampled_tokens
+            self._departed += earlier.labour
         self._peers[hello.peer_id] = Peer(hello.peer_id, hello.session, hello.role, hello.engine, connection)
         return earlier.session if earlier else None
 
@@ -92,12 +123,20 @@ class Peers:
         peer.last_heard = time.monotonic()
         peer.state = request.state
         peer.serving_step = request.serving.step if request.serving else None
-        peer.sampled_tokens, peer.idle_s = request.sampled_tokens, request.idle_s
+        if peer.role is not Role.ACTOR:
+            return
+        if request.serving and peer.served_from is None:
+            peer.served_from = peer.last_heard, request
+        if peer.served_from:
+            since, first = peer.served_from
+            peer.labour = Labour(
+                request.sampled_tokens - first.sampled_tokens, peer.last_heard - since, request.idle_s - first.idle_s
+            )
 
     def leave(self, peer: Peer) -> None:
         if self._peers.get(peer.peer_id) is peer:
             del self._peers[peer.peer_id]
-            self._departed_tokens += peer.sampled_tokens
+            self._departed += peer.labour
 
     def silent(self, limit_s: float) -> list[Peer]:
         """Peers not heard for longer than `limit_s`."""
@@ -111,9 +150,9 @@ class Peers:
         return [peer for peer in self.all() if peer.role is Role.ACTOR]
 
     @property
-    def sampled_tokens(self) -> int:
-        """By all actors that ever joined."""
-        return self._departed_tokens + sum(peer.sampled_tokens for peer in self.actors())
+    def labour(self) -> Labour:
+        """Of all actors that ever joined."""
+        return sum((peer.labour for peer in self.actors()), self._departed)
 
     def describe(self) -> str:
         """Who is there, in one line, for messages about waiting."""

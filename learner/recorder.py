@@ -119,6 +119,8 @@ class Recorder:
             "incarnations": self._ledger.incarnation,
             "reward_first": lines[0]["reward_mean"] if lines else None,
             "reward_last": lines[-1]["reward_mean"] if lines else None,
+            "learner_wait_frac": _share(lines, "wait_s", of="step_s"),
+            "actor_idle_frac": _share(lines, "actor_idle_s", of="actor_served_s"),
             "wall_s": self.run_wall_s,
         }
         path = self._run_dir / "summary.json"
@@ -126,6 +128,12 @@ class Recorder:
         partial.write_text(json.dumps(summary, indent=2) + "\n")
         partial.replace(path)
         return summary
+
+
+def _share(lines: Sequence[Mapping[str, Any]], part: str, *, of: str) -> float | None:
+    """Of the whole run; None where there is nothing to have a share of."""
+    whole = sum(line.get(of, 0.0) for line in lines)
+    return sum(line.get(part, 0.0) for line in lines) / whole if whole else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

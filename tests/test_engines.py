@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.engine import Answer, Engine, FinishReason, SamplingParameters
 from actors.engines.choose import make_engine
-from actors.engines.transformers import draw
+from actors.engines.drawing import draw
 from common.config.schema import Actor, EngineKind
 from common.errors import WaitTimeout
 from common.weights.snapshot import Snapshot, write_snapshot
@@ -95,6 +95,27 @@ def test_concurrent_answers_come_complete_and_end_where_they_must(kind: EngineKi
             assert (answer.finish is FinishReason.STOP) == (int(answer.tokens[-1]) in END_TOKENS)
             assert answer.finish is FinishReason.STOP or len(answer.tokens) == 20
         assert {answer.finish for answer in answers} == set(FinishReason)
+
+    within_a_minute(run)
+
+
+def test_answers_that_even_the_next_full_batch_leaves_out_wait_for_room(
+    policies: Policies, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("actors.engines.transformers.MAX_ROWS", 2)
+
+    async def run() -> None:
+        async with running(EngineKind.TRANSFORMERS, policies, frozenset()) as engine:
+            await engine.load(policies.snapshots[1])
+            assert engine.pressure.waiting_frac == 0
+            asked = [
+                asyncio.create_task(engine.sample(prompt, SamplingParameters(1.0, 200, 0))) for prompt in prompts(6)
+            ]
+            while engine.num_running < 2:
+                await asyncio.sleep(0)
+            assert engine.pressure.waiting_frac == pytest.approx(2 / 6)
+            await asyncio.gather(*asked)
+            assert engine.pressure.waiting_frac == 0
 
     within_a_minute(run)
 

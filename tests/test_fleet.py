@@ -14,7 +14,8 @@ import pytest
 import zmq
 from prometheus_client import CollectorRegistry
 
-from actors.engine import Answer, EngineDead, SamplingParameters
+from actors.concurrency import FIRST_GROUPS
+from actors.engine import Answer, EngineDead, Pressure, SamplingParameters
 from actors.engines.simulated import SimulatedEngine
 from actors.environment import SingleTurnEpisode, Turn
 from actors.fitter import Fitter
@@ -177,6 +178,7 @@ class FailingEngine(SimulatedEngine):
     fault: Exception | None = None
     num_faults = 10**6
     never_starts = never_answers_probes = False
+    pressure = Pressure()
 
     async def start(self) -> None:
         if self.never_starts:
@@ -198,7 +200,8 @@ class Bench:
     """An actor in this process, with an engine that fails on demand."""
 
     def __init__(self, learner: HandLearner, model: Path, folder: Path, environment: Sums, **limits: Any) -> None:
-        actor = Actor(engine="simulated", tokens_per_s=10_000, max_model_tokens=256, max_groups_in_flight=1, **limits)
+        limits = {"max_groups_in_flight": 1, "tokens_per_s": 10_000, **limits}
+        actor = Actor(engine="simulated", max_model_tokens=256, **limits)
         network = Network(port=learner.port, heartbeat_s=0.5, silence_s=2.0, request_timeout_s=5.0)
         chat = Chat(model)
         self.engine = FailingEngine(actor=actor, vocab_size=chat.vocab_size, end_tokens=chat.end_tokens)
@@ -372,6 +375,50 @@ def test_answers_that_fail_cost_their_lease_and_not_the_actor(
     assert 1 <= len(failures) <= 2
     assert bench.counted("chord_actor_request_failures_total") == 2
     assert bench.counted("chord_actor_probe_failures_total") == 0
+
+
+def most_at_a_time(learner: HandLearner) -> int:
+    """Groups that the actor had or asked for, in any request."""
+    return max((len(request.held) + request.capacity for request in learner.of(WorkRequest)), default=0)
+
+
+def test_an_actor_takes_on_more_groups_while_its_engine_has_room(
+    learner: HandLearner, make_bench: Callable[..., Bench]
+) -> None:
+    bench = make_bench(max_groups_in_flight=0)
+    bench.run(until=lambda: most_at_a_time(learner) > FIRST_GROUPS + 4)
+    assert bench.counted("chord_actor_concurrency_groups") > FIRST_GROUPS + 4
+
+
+def test_an_actor_never_takes_on_more_groups_than_it_may(
+    learner: HandLearner, make_bench: Callable[..., Bench]
+) -> None:
+    make_bench(max_groups_in_flight=6).run(until=lambda: len(learner.of(GroupHeader)) > 40)
+    assert most_at_a_time(learner) == 6
+
+
+def test_an_actor_whose_engine_is_overfull_comes_down_to_one_group_and_never_to_none(
+    learner: HandLearner, make_bench: Callable[..., Bench]
+) -> None:
+    bench = make_bench(max_groups_in_flight=0)
+    bench.engine.pressure = Pressure(kv_cache_frac=1.0, waiting_frac=0.9)
+    bench.run(until=lambda: len(learner.of(GroupHeader)) > 20)
+    assert bench.counted("chord_actor_concurrency_groups") == 1
+    *_, last = (request for request in learner.of(WorkRequest) if request.state is ActorState.SERVING)
+    assert len(last.held) + last.capacity <= 1
+    assert bench.counted("chord_actor_kv_cache_usage_ratio") == 1
+
+
+def test_an_actor_without_work_is_idle_and_says_for_how_long(
+    learner: HandLearner, make_bench: Callable[..., Bench]
+) -> None:
+    learner.num_leases = 1
+    bench = make_bench()
+    bench.run(until=lambda: any(request.idle_s > 0.5 for request in learner.of(WorkRequest)))
+    told = [request.idle_s for request in learner.of(WorkRequest)]
+    assert told == sorted(told)
+    assert told[0] == 0
+    assert bench.counted("chord_actor_idle_seconds") > 0.5
 
 
 def test_an_engine_that_fails_again_and_again_ends_the_actor_with_one_line(

@@ -22,7 +22,11 @@ def check_record(folder: Path, *, num_steps: int, max_staleness: int = 1) -> Non
     assert summary["lost"] == 0
     assert summary["duplicates"] == 0
     assert summary["max_staleness_trained"] <= max_staleness
-    assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == list(range(1, num_steps + 1))
+    assert 0 <= summary["learner_wait_frac"] <= 1
+    assert 0 <= summary["actor_idle_frac"] <= 1
+    lines = read_lines(folder / "metrics.jsonl")
+    assert all(line["wait_s"] + line["train_s"] <= line["step_s"] for line in lines)
+    assert [line["step"] for line in lines] == list(range(1, num_steps + 1))
     steps = [line["step"] for line in read_lines(folder / "eval.jsonl")]
     assert steps == sorted(set(steps))
     assert {0, num_steps} <= set(steps)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.engine import Answer, FinishReason, SamplingParameters, check_prompt
+from actors.engine import Answer, FinishReason, Pressure, SamplingParameters, check_prompt
 from common.config.schema import Actor
 from common.version import Version
 from common.wait import wait_for
@@ -43,6 +43,11 @@ class SimulatedEngine:
     @property
     def num_running(self) -> int:
         return self._num_running
+
+    @property
+    def pressure(self) -> Pressure:
+        """It has no KV cache, and room for all."""
+        return Pressure()
 
     async def start(self) -> None: ...
 

@@ -1,6 +1,7 @@
 """The vLLM engine: all answers of an actor in one continuous batch, on a GPU or a CPU.
 
-With actors.engines.vllm_weights the only file that reaches vLLM, and only through its public interface for RL. A load:
+With vllm_weights and vllm_pressure beside it the only file that reaches vLLM, and only through its public interfaces
+for RL and statistics. A load:
 
 1. the snapshot's tensor names and shapes are compared with the model's; a wrong snapshot ends here;
 2. vLLM pauses and keeps its running answers, or lets them end; new answers wait;
@@ -26,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.engine import Answer, EngineDead, FinishReason, SamplingParameters, check_prompt
+from actors.engine import Answer, EngineDead, FinishReason, Pressure, SamplingParameters, check_prompt
+from actors.engines.vllm_pressure import PressureGauge
 from actors.engines.vllm_weights import BACKEND, Owner
 from common.config.schema import Actor
 from common.errors import OperatorError
@@ -55,6 +57,7 @@ class VllmEngine:
         self._vocab_size = vocab_size
         self._end_tokens = sorted(end_tokens)
         self._llm: AsyncLLM | None = None
+        self._gauge = PressureGauge()
         self._version: Version | None = None
         self._num_loads = self._num_running = 0
         self._request_ids = itertools.count()
@@ -71,6 +74,10 @@ class VllmEngine:
     def num_running(self) -> int:
         return self._num_running
 
+    @property
+    def pressure(self) -> Pressure:
+        return self._gauge.pressure
+
     async def start(self) -> None:
         check_installation()
         set_environment(self._actor.num_threads)
@@ -83,7 +90,7 @@ class VllmEngine:
         # Set here, not returned: vLLM keeps the frames that it was started from alive, and an AsyncLLM in one of them
         # would be finalised too late, with an error.
         try:
-            self._llm = start_vllm(self._model_path, self._actor)
+            self._llm = start_vllm(self._model_path, self._actor, self._gauge)
         except Exception as error:
             started.set_exception(error)
         else:
@@ -211,7 +218,7 @@ def set_environment(num_threads: int) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def start_vllm(model_path: Path, actor: Actor) -> "AsyncLLM":
+def start_vllm(model_path: Path, actor: Actor, gauge: PressureGauge) -> "AsyncLLM":
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -229,11 +236,11 @@ def start_vllm(model_path: Path, actor: Actor) -> "AsyncLLM":
         enable_prefix_caching=True,
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         additional_config=Owner(os.getpid()),  # pyright: ignore[reportArgumentType] -- vLLM's own type is wider
-        disable_log_stats=True,
+        disable_log_stats=True,  # but for those that the gauge reads
         use_tqdm_on_load=False,
         **on_platform,
     )
-    return AsyncLLM.from_engine_args(arguments)
+    return AsyncLLM.from_engine_args(arguments, stat_loggers=[gauge.stat_logger])
 
 
 def cpu_arguments(actor: Actor) -> dict[str, Any]:

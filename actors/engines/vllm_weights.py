@@ -1,7 +1,7 @@
 """Runs inside vLLM's own processes: loads a snapshot file into the model, and dies with the actor.
 
 vLLM finds `register` through the entry-point group `vllm.general_plugins` and calls it in every process that it starts.
-With actors.engines.vllm this is the only file that reaches vLLM.
+With actors.engines.vllm and vllm_pressure the only file that reaches vLLM.
 """
 
 import logging

@@ -22,6 +22,11 @@ class Run(Section):
     dir: str = Field("runs/default", min_length=1, description="run directory: everything a run writes lies here")
     seed: Count = Field(0, description="seeds prompts, sampling, expert order and initial random states")
     num_actors: Count = Field(2, description="actor processes that chord-local starts")
+    pin_cores: Literal["auto", "split", "none"] = Field(
+        "auto",
+        description="chord-local gives each process cores of its own: auto where all set num_threads fit, split in "
+        "any case, none leaves it to the system",
+    )
     watchdog_s: Seconds = Field(60.0, description="a component stuck or without a sign of life for longer is ended")
     first_sign_s: Seconds = Field(
         300.0, description="longest time from a component's start to its first sign of life, to chord-local"
@@ -43,7 +48,9 @@ class Actor(Section):
     swap: Literal["in_flight", "wait"] = Field(
         "in_flight", description="load new weights between tokens of running answers, or wait until they end"
     )
-    max_groups_in_flight: Positive = Field(4, description="leases one actor works on at a time")
+    max_groups_in_flight: Count = Field(
+        0, description="leases one actor works on at a time at most; 0: as many as its KV cache turns out to bear"
+    )
     max_model_tokens: Positive = Field(1024, description="prompt + answer tokens that the engine makes room for")
     kv_cache_gib: Annotated[float, Field(gt=0)] = Field(0.5, description="KV cache of a vLLM engine on a CPU, GiB")
     gpu_memory_frac: Annotated[float, Field(gt=0, le=1)] = Field(0.85, description="GPU memory a vLLM engine may take")

@@ -16,6 +16,7 @@ from common.command import CheckOption, ConfigOption, OverridesArgument, new_com
 from common.config.schema import Config
 from common.environments import find_environment
 from common.errors import OperatorError
+from common.local.cores import describe_cores, share_cores
 from common.local.progress import Progress, describe_summary
 from common.local.supervisor import Supervisor
 from common.model_folder import require_model_folder
@@ -100,8 +101,18 @@ class LocalRun:
             first_metrics_port=config.actor.metrics_port,
             drain_s=config.actor.drain_s,
         )  # fmt: skip
+        self._pin()
         self._num_signals = 0
         self._peak_bytes = 0
+
+    def _pin(self) -> None:
+        """Say which component may run where, as run.pin_cores has it."""
+        cores = sorted(os.sched_getaffinity(0))
+        shares = share_cores(cores, self._config, [peer.name for peer in self._supervisor.peers])
+        for component in self._supervisor.components:
+            component.cores = shares.get(component.name, frozenset())
+        if shares:
+            self._say(f"cores: {describe_cores(shares)}")
 
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -81,7 +81,8 @@ class Progress:
             return "the learner starts (loading libraries)"
         peers = ", ".join(describe_peer(peer) for peer in self.status["peers"]) or "no actor has joined yet"
         waiting = f", waits for {self.status['waiting_for']}" if self.status["waiting_for"] else ""
-        return f"learner: {self.status['phase']} after step {self.status['step']}{waiting}; {peers}"
+        idle = f"; {describe_idle(self.last_step)}" if self.last_step else ""
+        return f"learner: {self.status['phase']} after step {self.status['step']}{waiting}; {peers}{idle}"
 
 
 def describe_step(line: Line, *, num_steps: int) -> str:
@@ -97,10 +98,16 @@ def describe_step(line: Line, *, num_steps: int) -> str:
         parts.append(f"expert nll {line['expert_nll_mean']:.3f}")
     parts += [
         f"tokens/s sampled {line['actor_tokens_per_s']:.0f} trained {line['learner_tokens_per_s']:.0f}",
-        f"idle: learner {line['learner_wait_frac']:.0%} actors {line['actor_idle_frac']:.0%}",
+        describe_idle(line),
         f"{line['step_s']:.1f} s",
     ]
     return "  ".join(parts)
+
+
+def describe_idle(line: Line) -> str:
+    """Who waited for whom, in a step or in the whole run."""
+    shares = {"learner": line["learner_wait_frac"], "actors": line["actor_idle_frac"]}
+    return "idle: " + " ".join(f"{who} {share:.0%}" for who, share in shares.items() if share is not None)
 
 
 def describe_evaluation(line: Line) -> str:
@@ -129,7 +136,7 @@ def describe_summary(summary: Line) -> str:
     flow = f"{summary['steps']} optimizer steps in {summary['wall_s'] / 60:.1f} minutes"
     if actors:
         flow += f", trained on {summary['trajectories_trained']} trajectories from {len(actors)} actors, at most "
-        flow += f"{summary['max_staleness_trained']} steps old"
+        flow += f"{summary['max_staleness_trained']} steps old ({describe_idle(summary)})"
     return f"{' '.join(learned)} {flow}; lost {summary['lost']}, duplicates {summary['duplicates']}."
 
 

@@ -20,6 +20,7 @@ import psutil
 
 from common.config.schema import Run
 from common.errors import OPERATOR_ERROR, ComponentFailure, OperatorError
+from common.local.cores import handing_down
 from common.local.signs import Signs
 from common.watchdog import NOTIFY_SOCKET, WakingClock
 
@@ -46,6 +47,8 @@ class Component:
     name: str
     command: Sequence[str]
     log: Path
+    cores: frozenset[int] = frozenset()
+    """Where it may run, with all that it starts; empty: wherever chord-local may."""
     process: subprocess.Popen[bytes] | None = None
     signs: Signs = field(default_factory=Signs)
     heard_s: float = 0.0
@@ -70,7 +73,7 @@ class Component:
         """`now_s`: by the supervisor's clock."""
         self.signs.forget()
         self.heard_s, self.has_signed, self.due = now_s, False, None
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, handing_down(self.cores):
             self.log_start = log.tell()
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,

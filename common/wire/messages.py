@@ -135,7 +135,7 @@ class WorkRequest(Message):
     sampled_tokens: Number = 0
     """Since the process started."""
     idle_s: Measure = 0.0
-    """Time without a running answer since it first served."""
+    """Time without a group to sample or score, since its first weights."""
 
 
 class Work(Message):

@@ -217,7 +217,7 @@ PITFALLS = (
         "        mu = mu_of(self._config, composition.step,",
     ),
     Pitfall(
-        "behaviour log-probs are raw, not processed", "actors/engines/transformers.py",
+        "behaviour log-probs are raw, not processed", "actors/engines/drawing.py",
         "return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]",
         "return tokens[:, 0], torch.log_softmax(logits.float(), dim=-1).gather(1, tokens)[:, 0]",
     ),
