@@ -81,6 +81,14 @@ def read_snapshot(path: Path, *, run_id: str, incarnation: int, step: int, chunk
     return Snapshot(path, Manifest(version, path.stat().st_size, chunk_bytes, hashes))
 
 
+def is_whole(snapshot: Snapshot) -> bool:
+    """Whether its file still has the bytes that its version is named by."""
+    try:
+        return hash_of_chunks(_chunk_hashes(snapshot.path, snapshot.manifest.chunk_bytes)) == snapshot.version.hash
+    except FileNotFoundError:
+        return False
+
+
 def _chunk_hashes(path: Path, chunk_bytes: int) -> Iterable[bytes]:
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(chunk_bytes):
