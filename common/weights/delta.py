@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from common.wire.codec import Buffer
 
-Words = NDArray[np.unsignedinteger[Any]]
+Words = NDArray[np.integer[Any]]
+"""Unsigned: what exceeds the width of a word is dropped."""
 
 COUNT = struct.Struct("<I")
 GAP = np.dtype("<u4")

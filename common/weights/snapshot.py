@@ -4,12 +4,13 @@ The hash of a version is the hash of its chunk hashes, so that each chunk can be
 needs no second pass. The file's bytes depend on the tensors alone: equal weights have equal hashes, whoever wrote them.
 """
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from blake3 import blake3
 
 from common.version import Version
 
@@ -52,7 +53,7 @@ class Snapshot:
 
 
 def hash_chunk(data: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
+    return blake3(data).digest(length=HASH_BYTES)
 
 
 def hash_of_chunks(chunk_hashes: Iterable[bytes]) -> str:
