@@ -9,7 +9,8 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from concurrent.futures import wait as wait_for_futures
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -30,6 +31,23 @@ CLOSE_S = 30.0
 """Longest wait at the end of a failed run for the publication under way."""
 MAX_OWED = 3
 """Evaluations owed at a time at most; further ones are left out: a slow evaluator must not fill the disk."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A version on its way to the actors."""
+
+    step: int
+    snapshot: Future[Snapshot]
+    """There once it has been announced, where it is to be."""
+
+    def wait(self, limit_s: float) -> Snapshot:
+        wait = Wait("the disk", limit_s=limit_s)
+        while not self.snapshot.done():
+            wait.check(f"version {self.step} to be written and announced")
+            with suppress(TimeoutError):
+                self.snapshot.exception(timeout=min(limit_s, 1.0))
+        return self.snapshot.result()
 
 
 class Publisher:
@@ -61,10 +79,8 @@ class Publisher:
         self._keep = keep
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
-        self._publication: Future[Snapshot] = Future()
+        self._publication: Publication | None = None
         """The last one."""
-        self._step = -1
-        """That it is of."""
         self._base: Snapshot | None = None
         """The newest snapshot that was announced: what the actors hold, or are about to."""
         self._owed: dict[int, Version] = {}
@@ -80,15 +96,15 @@ class Publisher:
         `replaces`: in the place of another policy of that step. A replayed version is not announced: it would take the
         actors back to what they have left behind.
         """
-        if self._step >= 0:
+        if self._publication:
             self.settle()
-        self._publication, self._step = Future(), step
+        self._publication = Publication(step, Future())
         thread = threading.Thread(
             target=self._run,
-            args=(self._publication, tensors, step),
+            args=(self._publication, tensors),
             kwargs={"is_announced": is_announced, "replaces": replaces},
             name=f"publish {step}",
-            daemon=True,  # nobody waits for a disk that hangs
+            daemon=True,  # no end of the process waits for a disk that hangs
         )
         thread.start()
 
@@ -98,25 +114,20 @@ class Publisher:
         That is an OperatorError where the first version of this start, which nothing was computed for, is not the one
         on record; WaitTimeout where it takes too long.
         """
-        wait = Wait("the disk", limit_s=self._timeout_s)
-        while True:
-            try:
-                return self._publication.result(timeout=0.5)
-            except TimeoutError:
-                if self._publication.done():
-                    raise
-                wait.check(f"version {self._step} to be written and announced")
+        assert self._publication, "settle before publish"
+        return self._publication.wait(self._timeout_s)
 
     def close(self) -> None:
-        """Let a publication under way come to its end."""
-        if self._step >= 0:
-            wait_for_futures([self._publication], timeout=CLOSE_S)
+        """Let a publication under way come to its end, whatever that is."""
+        if self._publication:
+            with suppress(Exception):
+                self._publication.wait(CLOSE_S)
 
-    def _run(self, publication: "Future[Snapshot]", tensors: Mapping[str, Tensor], step: int, **how: bool) -> None:
+    def _run(self, publication: Publication, tensors: Mapping[str, Tensor], **how: bool) -> None:
         try:
-            publication.set_result(self._publish(tensors, step, **how))
+            publication.snapshot.set_result(self._publish(tensors, publication.step, **how))
         except BaseException as error:
-            publication.set_exception(error)
+            publication.snapshot.set_exception(error)
 
     def _publish(self, tensors: Mapping[str, Tensor], step: int, *, is_announced: bool, replaces: bool) -> Snapshot:
         snapshot = write_snapshot(

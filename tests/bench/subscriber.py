@@ -50,9 +50,12 @@ class Subscriber:
             before.path.unlink()
 
     def _hear(self) -> Version:
-        message = decode(self._announcements.recv_multipart(), max_bytes=1 << 16).message
-        assert isinstance(message, Announcement)
-        return message.version
+        """The next that is not held already."""
+        while True:
+            message = decode(self._announcements.recv_multipart(), max_bytes=1 << 16).message
+            assert isinstance(message, Announcement)
+            if self._held is None or message.version.hash != self._held.version.hash:
+                return message.version
 
 
 def read_file(path: Path) -> None:
