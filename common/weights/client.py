@@ -60,6 +60,8 @@ class Attempt:
     """What deltas are applied to; None where every chunk is wanted whole."""
     base_file: int
     """Descriptor of the base's file."""
+    buffer: memoryview
+    """Of a chunk: one for all of them, as fresh memory costs more than what is done in it."""
     asked: dict[int, float] = field(default_factory=dict[int, float])
     """Chunks that were asked for, and when."""
 
@@ -223,16 +225,18 @@ def _open(progress: Progress, base: Snapshot | None, files: ExitStack) -> Attemp
     layout = (progress.manifest.num_bytes, progress.manifest.chunk_bytes)
     if base and (base.manifest.num_bytes, base.manifest.chunk_bytes) == layout:
         with suppress(FileNotFoundError):
-            return Attempt(progress, file, base, files.enter_context(base.path.open("rb", buffering=0)).fileno())
-    return Attempt(progress, file, None, -1)
+            base_file = files.enter_context(base.path.open("rb", buffering=0)).fileno()
+            return Attempt(progress, file, base, base_file, memoryview(bytearray(progress.manifest.chunk_bytes)))
+    return Attempt(progress, file, None, -1, memoryview(b""))
 
 
 def _patched(envelope: Envelope, attempt: Attempt, offset: int, length: int) -> Buffer:
     """The base's chunk, patched; nothing where that cannot be done."""
     if attempt.base is None:
         return b""
-    chunk = memoryview(bytearray(os.pread(attempt.base_file, length, offset)))
+    chunk = attempt.buffer[:length]
     try:
+        os.preadv(attempt.base_file, [chunk], offset)
         for delta in envelope.frames:
             patch(chunk, delta)
     except DeltaError as error:

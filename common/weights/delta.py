@@ -30,7 +30,8 @@ GAP = np.dtype("<u4")
 MAX_SPARSE_FRAC = 0.25
 """Of changed words, above which the sparse coding is not tried: each of its words takes more than one of an xor."""
 MIN_XOR_FRAC = 0.05
-"""Below it the xor is not tried: most of it is zeros, whose places the sparse coding tells in fewer bits."""
+"""Below it the xor is not tried: most of it is zeros, whose places the sparse coding tells in fewer bits. Where the two
+meet, the shorter one is taken."""
 LEVEL = 1
 """The highest ones save a tenth more, and take thirty times as long: what is left is noise."""
 
@@ -54,14 +55,15 @@ def encode(base: Buffer, new: Buffer) -> bytes:
     changed = np.flatnonzero(old != now)
     if not len(changed):
         return bytes([Coding.UNCHANGED])
-    deltas, frac = [b"".join([bytes([Coding.RAW]), new])], len(changed) / len(now)
+    deltas, frac = list[bytes](), len(changed) / len(now)
     if frac <= MAX_SPARSE_FRAC:
         gaps = (np.diff(changed, prepend=-1) - 1).astype(GAP)
         steps = _fold(now[changed] - old[changed])
         deltas.append(bytes([Coding.SPARSE]) + COUNT.pack(len(changed)) + _compress(gaps) + _compress(steps))
     if frac >= MIN_XOR_FRAC:
         deltas.append(bytes([Coding.XOR]) + _compress(old ^ now))
-    return min(deltas, key=len)
+    shortest = min(deltas, key=len)
+    return shortest if len(shortest) <= len(new) else b"".join([bytes([Coding.RAW]), new])
 
 
 def patch(chunk: memoryview, delta: Buffer) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from common.weights.delta import encode
-from common.weights.snapshot import Snapshot
+from common.weights.snapshot import Snapshot, read_chunks
 from common.wire.messages import MAX_DELTAS
 
 
@@ -38,11 +38,11 @@ def make_delta(base: Snapshot, new: Snapshot) -> Delta | None:
     if sizes[0] != sizes[1] or base.version.hash == new.version.hash:
         return None
     file = tempfile.TemporaryFile(dir=new.path.parent)  # noqa: SIM115 -- it lives as long as the delta
-    chunk_bytes, offsets = new.manifest.chunk_bytes, [0]
+    offsets = [0]
     try:
-        with base.path.open("rb", buffering=0) as before, new.path.open("rb", buffering=0) as after:
-            for _ in range(new.manifest.num_chunks):
-                offsets.append(offsets[-1] + file.write(encode(before.read(chunk_bytes), after.read(chunk_bytes))))
+        chunks = [read_chunks(one.path, one.manifest.chunk_bytes) for one in (base, new)]
+        for before, after in zip(*chunks, strict=True):
+            offsets.append(offsets[-1] + file.write(encode(before, after)))
         file.flush()
     except BaseException:
         file.close()

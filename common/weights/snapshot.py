@@ -5,7 +5,7 @@ needs no second pass. The file's bytes depend on the tensors alone: equal weight
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -90,7 +90,13 @@ def is_whole(snapshot: Snapshot) -> bool:
         return False
 
 
-def _chunk_hashes(path: Path, chunk_bytes: int) -> Iterable[bytes]:
+def read_chunks(path: Path, chunk_bytes: int) -> Iterator[memoryview]:
+    """Each in the memory of the one before, as fresh memory costs more than what is done in it."""
+    buffer = memoryview(bytearray(chunk_bytes))
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(chunk_bytes):
-            yield hash_chunk(chunk)
+        while length := file.readinto(buffer):
+            yield buffer[:length]
+
+
+def _chunk_hashes(path: Path, chunk_bytes: int) -> Iterable[bytes]:
+    return map(hash_chunk, read_chunks(path, chunk_bytes))

@@ -38,16 +38,19 @@ class Subscriber:
         )
         self._held: Snapshot | None = None
 
-    def obey(self, order: str) -> None:
+    def obey(self, order: str) -> float:
+        """When it was done."""
         kind, _, what = order.partition(" ")
         if kind == "file":
             read_file(Path(what))
-            return
+            return time.monotonic()
         version = Version.model_validate_json(what) if what else self._hear()
         before, base = self._held, self._held if kind == "delta" else None
         self._held = self._client.fetch(version, base=base)
+        ended = time.monotonic()
         if before and before.path != self._held.path:
             before.path.unlink()
+        return ended
 
     def _hear(self) -> Version:
         """The next that is not held already."""
@@ -69,8 +72,7 @@ def main() -> None:
     subscriber = Subscriber(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
     print("ready", flush=True)
     for line in sys.stdin:
-        subscriber.obey(line.strip())
-        print(time.monotonic(), flush=True)
+        print(subscriber.obey(line.strip()), flush=True)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ FAN_OUT_BAR = Bar(at_most=1.5)
 PAUSE_BAR = Bar(at_most=1.0)
 NUM_STEPS = 4
 NUM_SUBSCRIBERS = (1, 4, 16)
-ROUNDS = {1: 8, 4: 8, 16: 4}
+ROUNDS = {1: 6, 4: 6, 16: 3}
 """Publications of each kind, by the number of subscribers; kinds alternate."""
 CHUNK_BYTES = 2 << 20
 NUM_ANSWERS, ANSWER_TOKENS = 16, 400
