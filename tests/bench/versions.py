@@ -4,6 +4,8 @@ The first steps of AdamW are the largest: its moments have not averaged anything
 about the learning rate. Later versions differ less.
 """
 
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -20,20 +22,31 @@ RECIPE = Path("deploy/recipes/demo.toml")
 ROWS_PER_STEP = 24
 
 
-def train_versions(lr: float, *, num_steps: int) -> list[dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Versions:
     """What the learner publishes before the first step and after each."""
+
+    lr: float
+    tensors: list[dict[str, Tensor]]
+    copy_s: list[float]
+    """What each version took on the train thread: its parameters in the precision that is published."""
+
+
+def train_versions(lr: float, *, num_steps: int) -> Versions:
     overrides = [f"learner.lr={lr}", 'learner.lr_schedule="constant"', "learner.lr_warmup_steps=0"]
     config = resolve_config(RECIPE, [f"model.path={MODEL}", *overrides]).config
     device = prepare_device(config)
     ranks = Ranks(device)
     trainer = Trainer(config, ranks, device)
     rows = demonstrations(Chat(MODEL), num_steps * ROWS_PER_STEP)
-    versions = [trainer.published_tensors()]
+    tensors, copy_s = [trainer.published_tensors()], list[float]()
     for step in range(num_steps):
         trainer.take(step, rows[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP], mu=1.0)
-        versions.append(trainer.published_tensors())
+        started = time.perf_counter()
+        tensors.append(trainer.published_tensors())
+        copy_s.append(time.perf_counter() - started)
     ranks.close()
-    return versions
+    return Versions(lr, tensors, copy_s)
 
 
 def demonstrations(chat: Chat, count: int) -> list[Row]:

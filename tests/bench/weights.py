@@ -32,7 +32,7 @@ from learner.ledger.ledger import Ledger
 from learner.publisher import Publisher
 from learner.recorder import Recorder
 from tests.bench.figure import Bar, Figure
-from tests.bench.versions import MODEL, ROWS_PER_STEP, train_versions
+from tests.bench.versions import MODEL, ROWS_PER_STEP, Versions, train_versions
 
 Say = Callable[[str], None]
 Tensors = dict[str, Tensor]
@@ -59,8 +59,8 @@ def measure(say: Say) -> list[Figure]:
         for lr in BYTES_BARS:
             say(f"training {NUM_STEPS} steps at lr {lr:g}")
             versions = train_versions(lr, num_steps=NUM_STEPS)
-            figures += measure_bytes(versions, lr, folder, say)
-            figures += measure_times(versions, lr, folder, say)
+            figures += measure_bytes(versions, folder, say)
+            figures += measure_times(versions, folder, say)
         figures += measure_pause(versions, folder, say)
     finally:
         shutil.rmtree(folder)
@@ -71,9 +71,15 @@ def write(tensors: Tensors, path: Path, step: int) -> Snapshot:
     return write_snapshot(tensors, path, run_id="bench", incarnation=1, step=step, chunk_bytes=CHUNK_BYTES)
 
 
-def measure_bytes(versions: Sequence[Tensors], lr: float, folder: Path, say: Say) -> list[Figure]:
+def write_all(versions: Versions, folder: Path) -> list[Snapshot]:
+    return [write(tensors, folder / f"{step}.safetensors", step) for step, tensors in enumerate(versions.tensors)]
+
+
+def measure_bytes(versions: Versions, folder: Path, say: Say) -> list[Figure]:
     """Of every delta, and what its parts cost on one core."""
-    snapshots = [write(tensors, folder / f"{step}.safetensors", step) for step, tensors in enumerate(versions)]
+    lr, started = versions.lr, time.perf_counter()
+    snapshots = write_all(versions, folder)
+    writing_s, copying_s = (time.perf_counter() - started) / len(snapshots), statistics.median(versions.copy_s)
     sizes, encoding, patching = list[int](), list[float](), list[float]()
     for base, new in pairwise(snapshots):
         started = time.perf_counter()
@@ -103,7 +109,12 @@ def measure_bytes(versions: Sequence[Tensors], lr: float, folder: Path, say: Say
             f"bytes of a version, lr {lr:g}", "bytes", statistics.mean(sizes), "the full snapshot", num_bytes,
             BYTES_BARS[lr], run + shares,
         ),
-        Figure(f"make a delta, lr {lr:g}", "s", statistics.median(encoding), conditions="learner, beside the step"),
+        Figure(
+            f"the train loop is held by a version, lr {lr:g}", "s", copying_s, "by its file and delta too",
+            copying_s + writing_s + statistics.median(encoding),
+            conditions=f"copy {copying_s:.2f} s; beside the next step: write and hash {writing_s:.2f} s, make a delta "
+            f"{statistics.median(encoding):.2f} s",
+        ),
         Figure(
             f"apply a delta, lr {lr:g}", "s", statistics.median(patching), "hash the result", hashing_s,
             conditions="actor, before the pause; one core",
@@ -192,12 +203,12 @@ def broadcast(versions: Sequence[Tensors], folder: Path, *, num_subscribers: int
         shutil.rmtree(folder)
 
 
-def measure_times(versions: Sequence[Tensors], lr: float, folder: Path, say: Say) -> list[Figure]:
+def measure_times(versions: Versions, folder: Path, say: Say) -> list[Figure]:
     """Kinds alternate, so that a slow moment of the machine hits all alike."""
-    figures, one = list[Figure](), 0.0
+    figures, one, lr = list[Figure](), 0.0, versions.lr
     for count in NUM_SUBSCRIBERS:
         seconds: dict[str, list[float]] = {"delta": [], "full": [], "file": []}
-        with broadcast(versions, folder / f"{count}-subscribers", num_subscribers=count) as running:
+        with broadcast(versions.tensors, folder / f"{count}-subscribers", num_subscribers=count) as running:
             for _ in range(ROUNDS[count]):
                 for kind, found in seconds.items():
                     found.append(running.seconds(kind))
@@ -207,7 +218,7 @@ def measure_times(versions: Sequence[Tensors], lr: float, folder: Path, say: Say
         what = f"tensors to all of {count}, lr {lr:g}"
         for kind, name in {"full": "full snapshots", "file": "a shared folder + safetensors"}.items():
             spread = ", ".join(f"{k} {min(seconds[k]):.2f} to {max(seconds[k]):.2f}" for k in ("delta", kind))
-            conditions = f"{ROUNDS[count]} each in turn, files in memory; {spread}"
+            conditions = f"{ROUNDS[count]} each in turn, one machine, files in its memory; {spread}"
             figures.append(Figure(what, "s", medians["delta"], name, medians[kind], conditions=conditions))
         if count == 4:
             conditions = "deltas; learner and all subscribers on 2 cores"
@@ -215,9 +226,9 @@ def measure_times(versions: Sequence[Tensors], lr: float, folder: Path, say: Say
     return figures
 
 
-def measure_pause(versions: Sequence[Tensors], folder: Path, say: Say) -> list[Figure]:
+def measure_pause(versions: Versions, folder: Path, say: Say) -> list[Figure]:
     """From the request to pause until generation goes on, with answers under way; on the vLLM that is installed."""
-    snapshots = [write(tensors, folder / f"{step}.safetensors", step) for step, tensors in enumerate(versions)]
+    snapshots = write_all(versions, folder)
     say(f"{NUM_ANSWERS} answers of vLLM under way, {len(snapshots) - 1} loads")
     pauses = asyncio.run(pauses_of(snapshots))
     spread = f"{min(pauses):.2f} to {max(pauses):.2f} s over {len(pauses)} loads, {NUM_ANSWERS} answers under way"
