@@ -101,7 +101,10 @@ def measure_bytes(versions: Versions, folder: Path, say: Say) -> list[Figure]:
     hashing_s, num_bytes = time.perf_counter() - started, snapshots[0].manifest.num_bytes
     for snapshot in snapshots:
         snapshot.path.unlink()
-    say(f"deltas: {[f'{size / num_bytes:.3%}' for size in sizes]}")
+    say(
+        f"deltas: {', '.join(f'{size / num_bytes:.3%}' for size in sizes)}; copy {copying_s:.2f} s, write and hash "
+        f"{writing_s:.2f} s, make a delta {statistics.median(encoding):.2f} s, apply it {statistics.median(patching):.2f} s"
+    )
     run = f"lr {lr:g}: {len(sizes)} steps of AdamW, {ROWS_PER_STEP} demonstrations each; "
     shares = f"{min(sizes) / num_bytes:.2%} to {max(sizes) / num_bytes:.2%}; bit-exact"
     return [
@@ -231,6 +234,7 @@ def measure_pause(versions: Versions, folder: Path, say: Say) -> list[Figure]:
     snapshots = write_all(versions, folder)
     say(f"{NUM_ANSWERS} answers of vLLM under way, {len(snapshots) - 1} loads")
     pauses = asyncio.run(pauses_of(snapshots))
+    say(f"pauses: {', '.join(f'{pause:.2f} s' for pause in pauses)}")
     spread = f"{min(pauses):.2f} to {max(pauses):.2f} s over {len(pauses)} loads, {NUM_ANSWERS} answers under way"
     return [Figure("pause of generation", "s", statistics.median(pauses), "the bar", 1.0, PAUSE_BAR, spread)]
 
