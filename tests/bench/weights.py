@@ -103,7 +103,8 @@ def measure_bytes(versions: Versions, folder: Path, say: Say) -> list[Figure]:
         snapshot.path.unlink()
     say(
         f"deltas: {', '.join(f'{size / num_bytes:.3%}' for size in sizes)}; copy {copying_s:.2f} s, write and hash "
-        f"{writing_s:.2f} s, make a delta {statistics.median(encoding):.2f} s, apply it {statistics.median(patching):.2f} s"
+        f"{writing_s:.2f} s, delta made in {statistics.median(encoding):.2f} s, applied in "
+        f"{statistics.median(patching):.2f} s"
     )
     run = f"lr {lr:g}: {len(sizes)} steps of AdamW, {ROWS_PER_STEP} demonstrations each; "
     shares = f"{min(sizes) / num_bytes:.2%} to {max(sizes) / num_bytes:.2%}; bit-exact"
