@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +59,20 @@ class Plane:
         return self.snapshots[-1]
 
     def fetch(self, step: int, *, base: Snapshot | None = None) -> tuple[Snapshot, int]:
-        """A version as the peer has it then, and the bytes of it that were of use."""
+        """A version as the peer has it then, and the bytes of it that were of use. The base goes on to be there."""
         before = self.client.received_bytes
-        fetched = self.client.fetch(self.snapshots[step].version, base=base)
+        fetched = self.client.fetch(self.snapshots[step].version, base=self.copy(base) if base else None)
         assert fetched.path.read_bytes() == self.snapshots[step].path.read_bytes()
         assert fetched.manifest == self.snapshots[step].manifest
         return fetched, self.client.received_bytes - before
+
+    def copy(self, snapshot: Snapshot) -> Snapshot:
+        """As a peer may use it up."""
+        path = self.folder / "base"
+        path.unlink(missing_ok=True)
+        if snapshot.path.exists():
+            shutil.copyfile(snapshot.path, path)
+        return replace(snapshot, path=path)
 
     def close(self) -> None:
         self.client.close()
@@ -204,6 +214,17 @@ def test_a_fetch_of_deltas_goes_on_where_it_was_left(plane: Plane) -> None:
         plane.client.fetch(newest.version, lambda: plane.client.received_bytes - begun < whole / 2, base=held)
     assert plane.fetch(1, base=held)[1] < 0.7 * whole
     assert plane.client.received_bytes - begun < 1.2 * whole
+
+
+def test_a_base_that_was_patched_in_part_for_one_version_is_none_for_the_next(plane: Plane) -> None:
+    plane.publish()
+    held, _ = plane.fetch(0)
+    newest, begun = plane.publish(), plane.client.received_bytes
+    with pytest.raises(FetchCancelled):
+        plane.client.fetch(newest.version, lambda: plane.client.received_bytes == begun, base=held)
+    assert not held.path.exists()
+    plane.publish()
+    assert plane.fetch(2, base=held)[1] == SIZE
 
 
 def test_a_version_that_was_retired_is_gone_for_those_who_hold_the_one_before_too(plane: Plane) -> None:

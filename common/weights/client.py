@@ -1,13 +1,15 @@
 """Fetches a version: chunks by credit, each checked as it arrives, resumable after any break of the connection.
 
-Of a version that is on disk already, deltas will do: each chunk is the base's, patched, and checked like any other.
+Of a version that is on disk already, deltas will do: each chunk is patched where it lies, and checked like any other.
+No byte is copied, so that actors on one machine cost each other little.
 """
 
 import logging
+import mmap
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ class Progress:
     path: Path
     missing: list[int]
     """Chunks still to come, the next one last."""
+    base: Snapshot | None
+    """What those are until then, where the file was this snapshot's; None where they are to come whole."""
 
 
 @dataclass
@@ -56,12 +60,8 @@ class Attempt:
     progress: Progress
     file: int
     """Descriptor of the partial file."""
-    base: Snapshot | None
-    """What deltas are applied to; None where every chunk is wanted whole."""
-    base_file: int
-    """Descriptor of the base's file."""
-    buffer: memoryview
-    """Of a chunk: one for all of them, as fresh memory costs more than what is done in it."""
+    content: memoryview
+    """All of it, where there is a base to be patched. It has its place on the disk already: none of it can be full."""
     asked: dict[int, float] = field(default_factory=dict[int, float])
     """Chunks that were asked for, and when."""
 
@@ -92,16 +92,16 @@ class WeightClient:
     ) -> Snapshot:
         """The complete, verified snapshot of `version`. Raises WaitTimeout, VersionGone or FetchCancelled.
 
-        `base`: a verified snapshot that the caller keeps until this returns.
+        `base`: a verified snapshot of the caller's. Its file becomes that of `version`, so nobody may read it any more.
         """
         if base and base.version.hash == version.hash and is_whole(base):
             return Snapshot(base.path, replace(base.manifest, version=version))
         progress = self._progress
         if progress is None or progress.manifest.version.hash != version.hash:
             self._discard()
-            progress = self._begin(self._fetch_manifest(version, is_wanted))
+            progress = self._begin(self._fetch_manifest(version, is_wanted), base)
             self._progress = progress
-        self._fetch_chunks(progress, base, is_wanted)
+        self._fetch_chunks(progress, is_wanted)
         self._progress = None
         path = self._folder / f"{version.step:08d}-{version.hash[:12]}.safetensors"
         os.replace(progress.path, path)
@@ -116,12 +116,16 @@ class WeightClient:
             self._progress.path.unlink(missing_ok=True)
             self._progress = None
 
-    def _begin(self, manifest: Manifest) -> Progress:
+    def _begin(self, manifest: Manifest, base: Snapshot | None) -> Progress:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{manifest.version.hash[:12]}.partial"
+        missing = list(reversed(range(manifest.num_chunks)))
+        if base and _can_become(base, manifest):
+            os.replace(base.path, path)
+            return Progress(manifest, path, missing, base)
         with path.open("wb") as file:
             file.truncate(manifest.num_bytes)
-        return Progress(manifest, path, list(reversed(range(manifest.num_chunks))))
+        return Progress(manifest, path, missing, None)
 
     def _fetch_manifest(self, version: Version, is_wanted: Callable[[], bool]) -> Manifest:
         wait = Wait("learner", limit_s=self._timeout_s)
@@ -140,9 +144,9 @@ class WeightClient:
                 self._send(ManifestRequest(version=version).stamped(version))
                 asked = time.monotonic()
 
-    def _fetch_chunks(self, progress: Progress, base: Snapshot | None, is_wanted: Callable[[], bool]) -> None:
-        with ExitStack() as files:
-            attempt = _open(progress, base, files)
+    def _fetch_chunks(self, progress: Progress, is_wanted: Callable[[], bool]) -> None:
+        with progress.path.open("r+b", buffering=0) as file:
+            attempt = Attempt(progress, file.fileno(), _map(file.fileno()) if progress.base else memoryview(b""))
             try:
                 self._try_chunks(attempt, is_wanted)
             finally:
@@ -168,13 +172,14 @@ class WeightClient:
             wait.check(f"chunk {done + 1}/{manifest.num_chunks} of {manifest.version}")
 
     def _ask(self, attempt: Attempt, index: int) -> None:
-        version = attempt.progress.manifest.version
+        version, base = attempt.progress.manifest.version, attempt.progress.base
         attempt.asked[index] = time.monotonic()
-        base = attempt.base.version.hash if attempt.base else ""
-        self._send(ChunkRequest(version=version, index=index, base=base).stamped(version))
+        request = ChunkRequest(version=version, index=index, base=base.version.hash if base else "")
+        self._send(request.stamped(version))
 
     def _store(self, envelope: Envelope, attempt: Attempt) -> bool:
-        """Write a wanted chunk whose hash is right. A broken one is asked for again in time, one of a delta at once."""
+        """Keep a wanted chunk whose hash is right. A broken one is asked for again in time; a badly patched one at once,
+        and whole."""
         message, manifest = envelope.message, attempt.progress.manifest
         if (
             not isinstance(message, Chunk)
@@ -185,24 +190,17 @@ class WeightClient:
         if not envelope.frames:
             raise VersionGone(str(manifest.version))
         offset, length = manifest.chunk_span(message.index)
-        data = _patched(envelope, attempt, offset, length) if message.num_deltas else envelope.frames[0]
+        data = _patch(envelope, attempt, offset, length) if message.num_deltas else envelope.frames[0]
         if len(data) != length or hash_chunk(data) != manifest.chunk_hashes[message.index]:
             if message.num_deltas:
-                self._give_up_base(attempt)
+                _give_up_base(attempt.progress)
                 attempt.ask_again(message.index)
             return False
-        _write(attempt.file, data, offset)
+        if not message.num_deltas:
+            _write(attempt.file, data, offset)
         del attempt.asked[message.index]
         self.received_bytes += sum(map(len, envelope.frames))
         return True
-
-    def _give_up_base(self, attempt: Attempt) -> None:
-        if attempt.base:
-            version = attempt.progress.manifest.version
-            log.warning(
-                "a delta from %s did not give %s: fetching what is missing whole", attempt.base.version, version
-            )
-            attempt.base = None
 
     def _send(self, message: Message) -> None:
         with suppress(zmq.Again):  # the queue to an unreachable learner is full; it is sent again after `retry_s`
@@ -219,30 +217,40 @@ class WeightClient:
             return None
 
 
-def _open(progress: Progress, base: Snapshot | None, files: ExitStack) -> Attempt:
-    """Without the base where its file is gone, or cut into other chunks."""
-    file = files.enter_context(progress.path.open("r+b", buffering=0)).fileno()
-    layout = (progress.manifest.num_bytes, progress.manifest.chunk_bytes)
-    if base and (base.manifest.num_bytes, base.manifest.chunk_bytes) == layout:
-        with suppress(FileNotFoundError):
-            base_file = files.enter_context(base.path.open("rb", buffering=0)).fileno()
-            return Attempt(progress, file, base, base_file, memoryview(bytearray(progress.manifest.chunk_bytes)))
-    return Attempt(progress, file, None, -1, memoryview(b""))
+def _can_become(base: Snapshot, manifest: Manifest) -> bool:
+    """Whether its file is there, as long as it was, and cut into the same chunks."""
+    layouts = {(one.num_bytes, one.chunk_bytes) for one in (base.manifest, manifest)}
+    with suppress(FileNotFoundError):
+        return len(layouts) == 1 and base.path.stat().st_size == manifest.num_bytes
+    return False
 
 
-def _patched(envelope: Envelope, attempt: Attempt, offset: int, length: int) -> Buffer:
-    """The base's chunk, patched; nothing where that cannot be done."""
-    if attempt.base is None:
+def _map(file: int) -> memoryview:
+    return memoryview(mmap.mmap(file, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
+
+
+def _patch(envelope: Envelope, attempt: Attempt, offset: int, length: int) -> Buffer:
+    """The chunk, patched where it lies; nothing where that cannot be done."""
+    if attempt.progress.base is None:
         return b""
-    chunk = attempt.buffer[:length]
+    chunk = attempt.content[offset : offset + length]
     try:
-        os.preadv(attempt.base_file, [chunk], offset)
         for delta in envelope.frames:
             patch(chunk, delta)
     except DeltaError as error:
         log.debug("%s", error)
         return b""
     return chunk
+
+
+def _give_up_base(progress: Progress) -> None:
+    if progress.base:
+        log.warning(
+            "a delta from %s did not give %s: fetching what is missing whole",
+            progress.base.version,
+            progress.manifest.version,
+        )
+        progress.base = None
 
 
 def _write(descriptor: int, data: Buffer, offset: int) -> None:

@@ -1,13 +1,19 @@
 """The versions of a real training run: SmolLM2-135M learns sums from demonstrations, float32 inside, bfloat16 outside.
 
+`python -m tests.bench.versions LR NUM_STEPS FOLDER` makes them in a process of its own, as the learner's engine lives
+once in a process.
 The first steps of AdamW are the largest: its moments have not averaged anything out yet, so that every weight moves by
 about the learning rate. Later versions differ less.
 """
 
+import json
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.chat import Chat, ChatMessage
@@ -32,21 +38,35 @@ class Versions:
     """What each version took on the train thread: its parameters in the precision that is published."""
 
 
-def train_versions(lr: float, *, num_steps: int) -> Versions:
+def train_versions(lr: float, *, num_steps: int, folder: Path) -> Versions:
+    """They pass through `folder`, where nothing of them stays."""
+    command = [sys.executable, "-m", "tests.bench.versions", str(lr), str(num_steps), str(folder)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
+    paths = [folder / f"{step}.trained" for step in range(num_steps + 1)]
+    tensors = [{name: tensor.clone() for name, tensor in load_file(path).items()} for path in paths]
+    for path in paths:
+        path.unlink()
+    return Versions(lr, tensors, json.loads(done.stdout.splitlines()[-1]))
+
+
+def train(lr: float, num_steps: int, folder: Path) -> list[float]:
+    """Write each version; returns what each took on the train thread."""
     overrides = [f"learner.lr={lr}", 'learner.lr_schedule="constant"', "learner.lr_warmup_steps=0"]
     config = resolve_config(RECIPE, [f"model.path={MODEL}", *overrides]).config
     device = prepare_device(config)
     ranks = Ranks(device)
     trainer = Trainer(config, ranks, device)
     rows = demonstrations(Chat(MODEL), num_steps * ROWS_PER_STEP)
-    tensors, copy_s = [trainer.published_tensors()], list[float]()
+    copy_s = list[float]()
+    save_file(trainer.published_tensors(), folder / "0.trained")
     for step in range(num_steps):
         trainer.take(step, rows[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP], mu=1.0)
         started = time.perf_counter()
-        tensors.append(trainer.published_tensors())
+        tensors = trainer.published_tensors()
         copy_s.append(time.perf_counter() - started)
+        save_file(tensors, folder / f"{step + 1}.trained")
     ranks.close()
-    return Versions(lr, tensors, copy_s)
+    return copy_s
 
 
 def demonstrations(chat: Chat, count: int) -> list[Row]:
@@ -57,3 +77,7 @@ def demonstrations(chat: Chat, count: int) -> list[Row]:
         answer = ChatMessage(role="assistant", content=problem.answer)
         rows.append(expert_row(chat.demonstration([*problem.messages, answer]), aggregation="token_mean"))
     return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(train(float(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))

@@ -58,7 +58,7 @@ def measure(say: Say) -> list[Figure]:
     try:
         for lr in BYTES_BARS:
             say(f"training {NUM_STEPS} steps at lr {lr:g}")
-            versions = train_versions(lr, num_steps=NUM_STEPS)
+            versions = train_versions(lr, num_steps=NUM_STEPS, folder=folder)
             figures += measure_bytes(versions, folder, say)
             figures += measure_times(versions, folder, say)
         figures += measure_pause(versions, folder, say)
