@@ -178,8 +178,8 @@ class WeightClient:
         self._send(request.stamped(version))
 
     def _store(self, envelope: Envelope, attempt: Attempt) -> bool:
-        """Keep a wanted chunk whose hash is right. A broken one is asked for again in time; a badly patched one at once,
-        and whole."""
+        """Keep a wanted chunk whose hash is right. A broken one is asked for again in time, one that came of deltas at
+        once and whole."""
         message, manifest = envelope.message, attempt.progress.manifest
         if (
             not isinstance(message, Chunk)
