@@ -141,15 +141,15 @@ class Publisher:
         self._keep(snapshot)
         self._note(snapshot, replaces=replaces)
         is_owed = self._is_due(step) and self._ledger.evaluations.owe(step)
-        if is_owed:
-            with self._lock:
-                self._owed[step] = snapshot.version
         if is_announced:
             self._announce(snapshot, pin=is_owed)
         elif is_owed:
             self._server.offer(snapshot, pin=True)
         else:
             snapshot.path.unlink()
+        if is_owed:  # not before it can be fetched
+            with self._lock:
+                self._owed[step] = snapshot.version
         return snapshot
 
     def _note(self, snapshot: Snapshot, *, replaces: bool) -> None:
