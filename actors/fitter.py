@@ -62,6 +62,8 @@ class Fitter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
         self._client: WeightClient | None = None
         self._address = ""
+        self._held: Snapshot | None = None
+        """The last one fetched: of the next, what differs is enough."""
         self._wanted: Version | None = None
         self._said: tuple[Version | None, float] = None, 0.0
         """Which version was said not to be had, and when."""
@@ -154,9 +156,9 @@ class Fitter:
                 retry_s=self._network.request_timeout_s,
                 keys=self._keys,
             )
-        snapshot = self._client.fetch(version, lambda: self._is_wanted(port))
+        self._held = self._client.fetch(version, lambda: self._is_wanted(port), base=self._held)
         self.received_bytes = self._client.received_bytes
-        return snapshot
+        return self._held
 
     def _is_wanted(self, port: int) -> bool:
         """Whether to go on fetching from `port`: a restarted learner serves on another one."""

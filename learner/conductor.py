@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config.schema import Config
-from common.weights.snapshot import Snapshot
 from learner.checkpoints import Checkpoints
 from learner.final import EXPORT, export_policy
 from learner.handover import kept_policy, require_kept_policy
@@ -59,18 +58,23 @@ class Conductor:
         if self._host and step < self._config.learner.num_steps:
             self._host.run_dir.forget_results()
         saved = step
-        snapshot = self._publish(step)
+        self._publish(step)
+        if self._host:
+            self._host.publisher.settle()  # nothing is trained on other weights than the run had
         last = self._config.learner.num_steps
         while step < last and self._take_step(step):
             step += 1
             is_handover = step == self._config.sft_steps and step < last
-            snapshot = self._hand_over(step) if is_handover else self._publish(step)
+            if is_handover:
+                self._hand_over(step)
+            else:
+                self._publish(step)
             if is_handover or step % self._config.learner.checkpoint_every_steps == 0:
                 self._checkpoint(step)
                 saved = step
         if saved < step:
             self._checkpoint(step)
-        self._finish(step, snapshot)
+        self._finish(step)
         return step == last
 
     def close(self) -> None:
@@ -99,6 +103,7 @@ class Conductor:
             return False
         taken = self._trainer.take(step, rows.rows if rows else None, mu=mu)
         if self._host and rows:
+            self._settle()
             self._host.source.record_uses(rows.composition)
             self._record(rows, taken)
         return True
@@ -118,33 +123,40 @@ class Conductor:
         except Stopped:
             return None
 
-    def _hand_over(self, step: int) -> Snapshot | None:
+    def _hand_over(self, step: int) -> None:
         """Supervised fine-tuning is over: its last policy, or its best, goes on as version `step`."""
-        snapshot, chosen = None, -1
+        chosen = -1
         if self._host:
             self._host.inbox.grants_leases = False  # the last policy of this phase may not be the one that goes on
             chosen = self._host.handover.choice.chosen if self._host.handover.choice else -1
         is_new = self._ranks.share_number(chosen) < 0
         if is_new:
-            snapshot = self._publish(step)
+            self._publish(step)
         if self._host:
-            chosen = self._host.choose_policy(snapshot) if snapshot else chosen
+            chosen = self._host.choose_policy(self._host.publisher.settle()) if is_new else chosen
             require_kept_policy(self._config, chosen, self._host.ledger.history.version_hashes())
         chosen = int(self._ranks.share_number(chosen))
         self._trainer.begin_anew(kept_policy(self._config, chosen))
-        return snapshot if is_new and chosen == step else self._publish(step, replaces=True)
+        if not (is_new and chosen == step):
+            self._publish(step, replaces=True)
 
-    def _publish(self, step: int, *, replaces: bool = False) -> Snapshot | None:
-        """Make version `step` of the policy; `replaces`: it may have been another policy before."""
+    def _publish(self, step: int, *, replaces: bool = False) -> None:
+        """Make version `step` of the policy, beside what comes next; `replaces`: it may have been another policy."""
         started = time.monotonic()
         tensors = self._trainer.published_tensors()
         if not self._host:
-            return None
+            return
         self._host.step = step
         is_replay = step < self._config.learner.num_steps and self._host.ledger.history.batch(step) is not None
-        snapshot = self._host.publisher.publish(tensors, step, is_announced=not is_replay, replaces=replaces)
+        self._host.publisher.publish(tensors, step, is_announced=not is_replay, replaces=replaces)
         self._publish_s = time.monotonic() - started
-        return snapshot
+
+    def _settle(self) -> None:
+        """No step is recorded before the version that it began with: a crash leaves none out."""
+        assert self._host
+        started = time.monotonic()
+        self._host.publisher.settle()
+        self._publish_s += time.monotonic() - started
 
     def _checkpoint(self, step: int) -> None:
         if self._host:
@@ -160,12 +172,13 @@ class Conductor:
             if not self._config.learner.keep_arrivals:
                 self._host.ledger.prune_bodies(self._checkpoints.covered_step)
 
-    def _finish(self, step: int, snapshot: Snapshot | None) -> None:
+    def _finish(self, step: int) -> None:
         if not self._host:
             return
         num_steps = self._config.learner.num_steps
+        snapshot = self._host.publisher.settle()
         try:
-            if step == num_steps and snapshot:
+            if step == num_steps:
                 self._host.phase = "exporting"
                 base, final = Path(self._config.model.path), self._host.run_dir.final
                 self._host.ledger.set_fact(EXPORT, export_policy(snapshot, base=base, destination=final))

@@ -151,6 +151,7 @@ class Host:
             every_steps=config.eval.every_steps,
             last_steps={config.sft_steps, config.learner.num_steps},
             chunk_bytes=network.chunk_bytes,
+            timeout_s=config.learner.step_timeout_s,
             keep=self.handover.keep,
         )
         door = Door(
@@ -255,6 +256,7 @@ class Host:
     def close(self) -> None:
         self._board.close()
         self.inbox.close()
+        self.publisher.close()
         self.server.close()
         if self._keys:
             self._keys.close()

@@ -1,19 +1,24 @@
 """The publisher: turns the policy into a version, offers it to the actors, and keeps the versions that evaluations
 still need.
 
-Consumes tensors; waits for nobody; produces announcements. An evaluation that is owed pins its version until its
-result is in.
+Consumes tensors; produces announcements, each in a thread of its own beside the next optimizer step: one at a time, so
+that their order is kept. Waits for the disk only. An evaluation that is owed pins its version until its result is in.
 """
 
 import logging
 import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from common.errors import OperatorError
 from common.version import Version
+from common.wait import Wait
+from common.weights.deltas import make_delta
 from common.weights.server import WeightServer
 from common.weights.snapshot import Snapshot, read_snapshot, write_snapshot
 from common.wire.messages import EvaluationResult, Outcome
@@ -22,8 +27,27 @@ from learner.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
+CLOSE_S = 30.0
+"""Longest wait at the end of a failed run for the publication under way."""
 MAX_OWED = 3
 """Evaluations owed at a time at most; further ones are left out: a slow evaluator must not fill the disk."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A version on its way to the actors."""
+
+    step: int
+    snapshot: Future[Snapshot]
+    """There once it has been announced, where it is to be."""
+
+    def wait(self, limit_s: float) -> Snapshot:
+        wait = Wait("the disk", limit_s=limit_s)
+        while not self.snapshot.done():
+            wait.check(f"version {self.step} to be written and announced")
+            with suppress(TimeoutError):
+                self.snapshot.exception(timeout=min(limit_s, 1.0))
+        return self.snapshot.result()
 
 
 class Publisher:
@@ -39,9 +63,13 @@ class Publisher:
         every_steps: int,
         last_steps: Collection[int],
         chunk_bytes: int,
+        timeout_s: float,
         keep: Callable[[Snapshot], None] = lambda _: None,
     ) -> None:
-        """`last_steps` end a phase: their versions are evaluated in any case. `keep` sees each version first."""
+        """`last_steps` end a phase: their versions are evaluated in any case. `keep` sees each version first.
+
+        `timeout_s`: longest time of one publication.
+        """
         self._folder = folder
         self._server = server
         self._ledger = ledger
@@ -50,6 +78,11 @@ class Publisher:
         self._last_steps = last_steps
         self._keep = keep
         self._chunk_bytes = chunk_bytes
+        self._timeout_s = timeout_s
+        self._publication: Publication | None = None
+        """The last one."""
+        self._base: Snapshot | None = None
+        """The newest snapshot that was announced: what the actors hold, or are about to."""
         self._owed: dict[int, Version] = {}
         self._hashes: dict[int, str] = {}
         self._lock = threading.Lock()
@@ -57,46 +90,91 @@ class Publisher:
 
     def publish(
         self, tensors: Mapping[str, Tensor], step: int, *, is_announced: bool = True, replaces: bool = False
-    ) -> Snapshot:
-        """Write version `step`, announce and offer it; `replaces`: in the place of another policy of that step.
+    ) -> None:
+        """Begin to write version `step`, to announce and to offer it, once the one before has been.
 
-        A replayed version is not announced: it would take the actors back to what they have left behind. Raises
-        OperatorError where the first version of this start, which nothing was computed for, is not the one on record.
+        `replaces`: in the place of another policy of that step. A replayed version is not announced: it would take the
+        actors back to what they have left behind.
         """
-        path = self._folder / f"{step:08d}.safetensors"
+        if self._publication:
+            self.settle()
+        self._publication = Publication(step, Future())
+        thread = threading.Thread(
+            target=self._run,
+            args=(self._publication, tensors),
+            kwargs={"is_announced": is_announced, "replaces": replaces},
+            name=f"publish {step}",
+            daemon=True,  # no end of the process waits for a disk that hangs
+        )
+        thread.start()
+
+    def settle(self) -> Snapshot:
+        """The last version that was begun, once all is done for it. Raises what went wrong with it.
+
+        That is an OperatorError where the first version of this start, which nothing was computed for, is not the one
+        on record; WaitTimeout where it takes too long.
+        """
+        assert self._publication, "settle before publish"
+        return self._publication.wait(self._timeout_s)
+
+    def close(self) -> None:
+        """Let a publication under way come to its end, whatever that is."""
+        if self._publication:
+            with suppress(Exception):
+                self._publication.wait(CLOSE_S)
+
+    def _run(self, publication: Publication, tensors: Mapping[str, Tensor], **how: bool) -> None:
+        try:
+            publication.snapshot.set_result(self._publish(tensors, publication.step, **how))
+        except BaseException as error:
+            publication.snapshot.set_exception(error)
+
+    def _publish(self, tensors: Mapping[str, Tensor], step: int, *, is_announced: bool, replaces: bool) -> Snapshot:
         snapshot = write_snapshot(
             tensors,
-            path,
+            self._folder / f"{step:08d}.safetensors",
             run_id=self._ledger.run_id,
             incarnation=self._ledger.incarnation,
             step=step,
             chunk_bytes=self._chunk_bytes,
         )
         self._keep(snapshot)
-        is_first, self._hashes[step] = not self._hashes, snapshot.version.hash
-        noted = self._ledger.note_version(step, snapshot.version.hash)
-        if noted != snapshot.version.hash and not replaces:
-            if is_first:
-                raise OperatorError(
-                    f"{snapshot.version}: expected hash {noted[:8]}, as when it was published: model.path or the "
-                    "checkpoint is not the one that this run was trained with"
-                )
-            log.warning(
-                "%s came out otherwise than before (%s): this machine does not compute the same step alike twice",
-                snapshot.version,
-                noted[:8],
-            )
+        self._note(snapshot, replaces=replaces)
         is_owed = self._is_due(step) and self._ledger.evaluations.owe(step)
-        if is_owed:
-            with self._lock:
-                self._owed[step] = snapshot.version
         if is_announced:
-            self._server.publish(snapshot, pin=is_owed)
+            self._announce(snapshot, pin=is_owed)
         elif is_owed:
             self._server.offer(snapshot, pin=True)
         else:
             snapshot.path.unlink()
+        if is_owed:  # not before it can be fetched
+            with self._lock:
+                self._owed[step] = snapshot.version
         return snapshot
+
+    def _note(self, snapshot: Snapshot, *, replaces: bool) -> None:
+        """Compare with what is on record of that step."""
+        version = snapshot.version
+        is_first, self._hashes[version.step] = not self._hashes, version.hash
+        noted = self._ledger.note_version(version.step, version.hash)
+        if noted == version.hash or replaces:
+            return
+        if is_first:
+            raise OperatorError(
+                f"{version}: expected hash {noted[:8]}, as when it was published: model.path or the checkpoint is not "
+                "the one that this run was trained with"
+            )
+        log.warning(
+            "%s came out otherwise than before (%s): this machine does not compute the same step alike twice",
+            version,
+            noted[:8],
+        )
+
+    def _announce(self, snapshot: Snapshot, *, pin: bool) -> None:
+        """The delta comes first: those who hear of a version before there is one fetch all of it."""
+        base, self._base = self._base, snapshot
+        is_there = base is not None and base.path != snapshot.path  # a version that replaces another takes its file
+        self._server.publish(snapshot, pin=pin, delta=make_delta(base, snapshot) if base and is_there else None)
 
     def _take_over(self) -> None:
         """Of an earlier start's snapshots keep those whose evaluation is still owed, where they are whole."""

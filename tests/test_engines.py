@@ -202,6 +202,24 @@ def test_prompt_and_answer_stay_within_the_model(kind: EngineKind, policies: Pol
     within_a_minute(run)
 
 
+def test_transformers_keeps_nothing_of_the_file_it_loaded(policies: Policies, tmp_path: Path):
+    """The next version is made of it, where it lies."""
+    loaded = dataclasses.replace(policies.snapshots[1], path=tmp_path / "loaded")
+    loaded.path.write_bytes(policies.snapshots[1].path.read_bytes())
+
+    async def run() -> None:
+        async with running(EngineKind.TRANSFORMERS, policies, frozenset()) as engine:
+            await engine.load(loaded)
+            before = await engine.sample([60, 61], SamplingParameters(0.0, 20))
+            with loaded.path.open("r+b") as file:
+                file.write(bytes(loaded.manifest.num_bytes))
+            after = await engine.sample([60, 61], SamplingParameters(0.0, 20))
+        assert before.tokens.tolist() == after.tokens.tolist()
+        np.testing.assert_array_equal(before.logprobs, after.logprobs)
+
+    within_a_minute(run)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_load_that_fails_keeps_the_version(kind: EngineKind, policies: Policies, tmp_path: Path):
     async def run() -> None:

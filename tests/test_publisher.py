@@ -1,5 +1,6 @@
 """The publisher: what is announced, what is kept, and that a start publishes what the run says it did."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 import zmq
 
-from common.errors import OperatorError
+from common.errors import OperatorError, WaitTimeout
 from common.version import Version
+from common.weights.client import WeightClient
 from common.weights.server import WeightServer
+from common.weights.snapshot import Snapshot
 from common.wire.messages import EvaluationResult, Outcome, TaskScore
 from common.wire.sockets import SocketLimits
 from learner.ledger.ledger import Ledger
@@ -21,8 +24,12 @@ from tests.runs import read_lines, read_summary
 class Start:
     """One start of a learner, as far as its publisher goes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, timeout_s: float = 20.0) -> None:
         self.folder = folder
+        self.is_free = threading.Event()
+        """Clear where a publication is to take its time."""
+        self.is_free.set()
+        self.kept: list[int] = []
         self.ledger = Ledger(folder / "ledger.sqlite", groups_per_step=1, max_staleness=0)
         self.server = WeightServer(zmq.Context.instance(), host="127.0.0.1", port=0, limits=SocketLimits(1, 4, 1 << 20))
         self.publisher = Publisher(
@@ -33,15 +40,27 @@ class Start:
             every_steps=2,
             last_steps={9},
             chunk_bytes=1 << 20,
+            timeout_s=timeout_s,
+            keep=self.keep,
         )
 
-    def publish(self, step: int, value: float, *, is_announced: bool = True) -> None:
+    def keep(self, snapshot: Snapshot) -> None:
+        assert self.is_free.wait(20)
+        self.kept.append(snapshot.version.step)
+
+    def begin(self, step: int, value: float) -> None:
+        self.publisher.publish({"weight": torch.full((4,), value)}, step)
+
+    def publish(self, step: int, value: float, *, is_announced: bool = True) -> Snapshot:
         self.publisher.publish({"weight": torch.full((4,), value)}, step, is_announced=is_announced)
+        return self.publisher.settle()
 
     def files(self) -> list[str]:
         return sorted(path.stem for path in (self.folder / "weights").glob("*.safetensors"))
 
     def close(self) -> None:
+        self.is_free.set()
+        self.publisher.close()
         self.server.close()
         self.ledger.close()
 
@@ -73,6 +92,71 @@ def test_a_start_from_other_weights_than_the_run_had_is_refused(start: Start) ->
             again.publish(0, 1.0)
     finally:
         again.close()
+
+
+def test_the_next_step_begins_while_a_version_is_written_and_the_order_of_versions_is_kept(start: Start) -> None:
+    start.is_free.clear()
+    start.begin(0, 0.0)
+    assert start.publisher.newest is None
+    threading.Timer(0.05, start.is_free.set).start()
+    for step in range(1, 4):
+        start.begin(step, step)
+        assert start.publisher.newest
+        assert start.publisher.newest.step >= step - 1
+    assert start.publisher.settle().version == start.publisher.newest
+    assert start.kept == [0, 1, 2, 3]
+
+
+def test_a_second_version_waits_for_the_first_within_a_limit_that_names_it(tmp_path: Path) -> None:
+    start = Start(tmp_path, timeout_s=0.2)
+    start.is_free.clear()
+    start.begin(0, 0.0)
+    expected = r"waited \d s for version 0 to be written and announced from the disk, expected it within 0 s"
+    with pytest.raises(WaitTimeout, match=expected):
+        start.begin(1, 1.0)
+    start.close()
+    assert start.kept == [0]
+
+
+def test_what_goes_wrong_with_a_version_is_told_before_the_next_and_again_to_whoever_needs_it(start: Start) -> None:
+    start.publish(0, 0.0)
+    (start.folder / "weights" / "00000001.partial").mkdir()
+    start.begin(1, 1.0)
+    with pytest.raises(Exception, match="directory"):
+        start.begin(2, 2.0)
+    with pytest.raises(Exception, match="directory"):
+        start.publisher.settle()
+    assert start.publisher.newest
+    assert start.publisher.newest.step == 0
+    assert start.kept == [0]
+
+
+def test_an_actor_that_holds_the_version_before_fetches_what_differs(start: Start, tmp_path: Path) -> None:
+    context, limits = zmq.Context.instance(), SocketLimits(1, 4, 8 << 20)
+    address = f"tcp://127.0.0.1:{start.server.port}"
+    client = WeightClient(context, address, tmp_path / "client", limits=limits, credit=3, timeout_s=20, retry_s=1)
+    weight = torch.linspace(-1, 1, 1 << 16, dtype=torch.bfloat16)
+    held = None
+    try:
+        for step in range(3):
+            weight[:: 1000 + step] *= 1.01
+            start.publisher.publish({"weight": weight.clone()}, step)
+            snapshot, before = start.publisher.settle(), client.received_bytes
+            held = client.fetch(snapshot.version, base=held)
+            assert held.path.read_bytes() == snapshot.path.read_bytes()
+            assert (client.received_bytes - before < snapshot.manifest.num_bytes / 100) == (step > 0)
+    finally:
+        client.close()
+
+
+def test_a_version_in_the_place_of_another_has_no_delta_from_what_it_overwrote(start: Start) -> None:
+    first = start.publish(1, 1.0)
+    start.publisher.publish({"weight": torch.full((4,), 2.0)}, 1, replaces=True)
+    second = start.publisher.settle()
+    assert second.path == first.path
+    assert start.server.num_deltas == 0
+    start.publish(2, 3.0)
+    assert start.server.num_deltas == 1
 
 
 def test_a_damaged_snapshot_is_not_evaluated(start: Start) -> None:

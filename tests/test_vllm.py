@@ -225,6 +225,20 @@ def test_a_load_not_in_flight_lets_answers_end_first(bench: Bench):
     assert_replays(after, [4], bench.folders)
 
 
+def test_it_keeps_nothing_of_the_file_it_loaded(bench: Bench, tmp_path: Path):
+    """The next version is made of it, where it lies."""
+    loaded = dataclasses.replace(bench.snapshots[2], path=tmp_path / "loaded")
+    loaded.path.write_bytes(bench.snapshots[2].path.read_bytes())
+
+    async def run() -> Answer:
+        await bench.engine.load(loaded)
+        with loaded.path.open("r+b") as file:
+            file.write(bytes(loaded.manifest.num_bytes))
+        return await bench.engine.sample([1, 9], SamplingParameters(0.0, 20))
+
+    assert_replays(bench.run(run), [1, 9], bench.folders)
+
+
 def test_new_answers_never_build_on_keys_and_values_of_older_weights(bench: Bench):
     async def sample_with(step: int) -> Answer:
         await bench.engine.load(bench.snapshots[step])

@@ -1,23 +1,32 @@
-"""Fetches a version: chunks by credit, each checked as it arrives, resumable after any break of the connection."""
+"""Fetches a version: chunks by credit, each checked as it arrives, resumable after any break of the connection.
 
+Of a version that is on disk already, deltas will do: each chunk is patched where it lies, and checked like any other.
+No byte is copied, so that actors on one machine cost each other little.
+"""
+
+import logging
+import mmap
 import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import zmq
 
-from common.errors import OperatorError, WaitTimeout
+from common.errors import OperatorError
 from common.keys.folder import PeerKeys
 from common.version import Version
 from common.wait import Wait
-from common.weights.snapshot import HASH_BYTES, Manifest, Snapshot, hash_chunk, hash_of_chunks
+from common.weights.delta import DeltaError, patch
+from common.weights.snapshot import HASH_BYTES, Manifest, Snapshot, hash_chunk, hash_of_chunks, is_whole
 from common.wire.codec import Buffer, Envelope, WireError, decode, encode
 from common.wire.messages import Chunk, ChunkRequest, ManifestReply, ManifestRequest, Message
 from common.wire.sockets import SocketLimits, open_socket
+
+log = logging.getLogger(__name__)
 
 POLL_MS = 100
 MAX_CHUNKS = 1 << 20
@@ -40,6 +49,25 @@ class Progress:
     path: Path
     missing: list[int]
     """Chunks still to come, the next one last."""
+    base: Snapshot | None
+    """What those are until then, where the file was this snapshot's; None where they are to come whole."""
+
+
+@dataclass
+class Attempt:
+    """One go at the missing chunks."""
+
+    progress: Progress
+    file: int
+    """Descriptor of the partial file."""
+    content: memoryview
+    """All of it, where there is a base to be patched. It has its place on the disk already: none of it can be full."""
+    asked: dict[int, float] = field(default_factory=dict[int, float])
+    """Chunks that were asked for, and when."""
+
+    def ask_again(self, index: int) -> None:
+        del self.asked[index]
+        self.progress.missing.append(index)
 
 
 class WeightClient:
@@ -59,23 +87,25 @@ class WeightClient:
         self._progress: Progress | None = None
         self.received_bytes = 0
 
-    def fetch(self, version: Version, is_wanted: Callable[[], bool] = lambda: True) -> Snapshot:
-        """The complete, verified snapshot of `version`. Raises WaitTimeout, VersionGone or FetchCancelled."""
+    def fetch(
+        self, version: Version, is_wanted: Callable[[], bool] = lambda: True, *, base: Snapshot | None = None
+    ) -> Snapshot:
+        """The complete, verified snapshot of `version`. Raises WaitTimeout, VersionGone or FetchCancelled.
+
+        `base`: a verified snapshot of the caller's. Its file becomes that of `version`, so nobody may read it any more.
+        """
+        if base and base.version.hash == version.hash and is_whole(base):
+            return Snapshot(base.path, replace(base.manifest, version=version))
         progress = self._progress
         if progress is None or progress.manifest.version.hash != version.hash:
             self._discard()
-            progress = self._begin(self._fetch_manifest(version, is_wanted))
+            progress = self._begin(self._fetch_manifest(version, is_wanted), base)
             self._progress = progress
         self._fetch_chunks(progress, is_wanted)
         self._progress = None
         path = self._folder / f"{version.step:08d}-{version.hash[:12]}.safetensors"
         os.replace(progress.path, path)
-        return Snapshot(
-            path,
-            Manifest(
-                version, progress.manifest.num_bytes, progress.manifest.chunk_bytes, progress.manifest.chunk_hashes
-            ),
-        )
+        return Snapshot(path, replace(progress.manifest, version=version))
 
     def close(self) -> None:
         self._discard()
@@ -86,12 +116,16 @@ class WeightClient:
             self._progress.path.unlink(missing_ok=True)
             self._progress = None
 
-    def _begin(self, manifest: Manifest) -> Progress:
+    def _begin(self, manifest: Manifest, base: Snapshot | None) -> Progress:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{manifest.version.hash[:12]}.partial"
+        missing = list(reversed(range(manifest.num_chunks)))
+        if base and _can_become(base, manifest):
+            os.replace(base.path, path)
+            return Progress(manifest, path, missing, base)
         with path.open("wb") as file:
             file.truncate(manifest.num_bytes)
-        return Progress(manifest, path, list(reversed(range(manifest.num_chunks))))
+        return Progress(manifest, path, missing, None)
 
     def _fetch_manifest(self, version: Version, is_wanted: Callable[[], bool]) -> Manifest:
         wait = Wait("learner", limit_s=self._timeout_s)
@@ -111,58 +145,62 @@ class WeightClient:
                 asked = time.monotonic()
 
     def _fetch_chunks(self, progress: Progress, is_wanted: Callable[[], bool]) -> None:
-        manifest, outstanding = progress.manifest, dict[int, float]()
-        wait, stored_at, retry_s = Wait("learner", limit_s=self._timeout_s), time.monotonic(), self._retry_s
         with progress.path.open("r+b", buffering=0) as file:
-            while progress.missing or outstanding:
-                now = time.monotonic()
-                # While others come in, a chunk is on its way. Where one alone takes so long, it is soon waited for.
-                if late := [i for i, asked in outstanding.items() if now - max(asked, stored_at) > retry_s]:
-                    retry_s = max(min(2 * retry_s, self._timeout_s / 4), self._retry_s)
-                for index in late:
-                    del outstanding[index]
-                    progress.missing.append(index)
-                while progress.missing and len(outstanding) < self._credit:
-                    index = progress.missing.pop()
-                    outstanding[index] = now
-                    self._send(ChunkRequest(version=manifest.version, index=index).stamped(manifest.version))
-                try:
-                    envelope = self._receive(is_wanted)
-                    index = self._store(envelope, manifest, outstanding, file.fileno()) if envelope else None
-                except (FetchCancelled, VersionGone):
-                    progress.missing += outstanding
-                    raise
-                if index is not None:
-                    del outstanding[index]
-                    stored_at = time.monotonic()
-                    wait.progress()
-                done = manifest.num_chunks - len(progress.missing) - len(outstanding)
-                try:
-                    wait.check(f"chunk {done + 1}/{manifest.num_chunks} of {manifest.version}")
-                except WaitTimeout:
-                    progress.missing += outstanding
-                    raise
+            attempt = Attempt(progress, file.fileno(), _map(file.fileno()) if progress.base else memoryview(b""))
+            try:
+                self._try_chunks(attempt, is_wanted)
+            finally:
+                progress.missing += attempt.asked
 
-    def _store(
-        self, envelope: Envelope, manifest: Manifest, outstanding: dict[int, float], descriptor: int
-    ) -> int | None:
-        """Write a wanted chunk whose hash is right; None for any other message (a broken one is asked for again)."""
-        message = envelope.message
+    def _try_chunks(self, attempt: Attempt, is_wanted: Callable[[], bool]) -> None:
+        manifest, missing, asked = attempt.progress.manifest, attempt.progress.missing, attempt.asked
+        wait, stored_at, retry_s = Wait("learner", limit_s=self._timeout_s), time.monotonic(), self._retry_s
+        while missing or asked:
+            now = time.monotonic()
+            # While others come in, a chunk is on its way. Where one alone takes so long, it is soon waited for.
+            if late := [index for index, at in asked.items() if now - max(at, stored_at) > retry_s]:
+                retry_s = max(min(2 * retry_s, self._timeout_s / 4), self._retry_s)
+            for index in late:
+                attempt.ask_again(index)
+            while missing and len(asked) < self._credit:
+                self._ask(attempt, missing.pop())
+            envelope = self._receive(is_wanted)
+            if envelope and self._store(envelope, attempt):
+                stored_at = time.monotonic()
+                wait.progress()
+            done = manifest.num_chunks - len(missing) - len(asked)
+            wait.check(f"chunk {done + 1}/{manifest.num_chunks} of {manifest.version}")
+
+    def _ask(self, attempt: Attempt, index: int) -> None:
+        version, base = attempt.progress.manifest.version, attempt.progress.base
+        attempt.asked[index] = time.monotonic()
+        request = ChunkRequest(version=version, index=index, base=base.version.hash if base else "")
+        self._send(request.stamped(version))
+
+    def _store(self, envelope: Envelope, attempt: Attempt) -> bool:
+        """Keep a wanted chunk whose hash is right. A broken one is asked for again in time, one that came of deltas at
+        once and whole."""
+        message, manifest = envelope.message, attempt.progress.manifest
         if (
             not isinstance(message, Chunk)
             or message.version.hash != manifest.version.hash
-            or message.index not in outstanding
+            or message.index not in attempt.asked
         ):
-            return None
+            return False
         if not envelope.frames:
             raise VersionGone(str(manifest.version))
-        data = envelope.frames[0]
         offset, length = manifest.chunk_span(message.index)
+        data = _patch(envelope, attempt, offset, length) if message.num_deltas else envelope.frames[0]
         if len(data) != length or hash_chunk(data) != manifest.chunk_hashes[message.index]:
-            return None
-        _write(descriptor, data, offset)
-        self.received_bytes += length
-        return message.index
+            if message.num_deltas:
+                _give_up_base(attempt.progress)
+                attempt.ask_again(message.index)
+            return False
+        if not message.num_deltas:
+            _write(attempt.file, data, offset)
+        del attempt.asked[message.index]
+        self.received_bytes += sum(map(len, envelope.frames))
+        return True
 
     def _send(self, message: Message) -> None:
         with suppress(zmq.Again):  # the queue to an unreachable learner is full; it is sent again after `retry_s`
@@ -177,6 +215,42 @@ class WeightClient:
             return decode(self._socket.recv_multipart(), max_bytes=self._max_bytes)
         except WireError:
             return None
+
+
+def _can_become(base: Snapshot, manifest: Manifest) -> bool:
+    """Whether its file is there, as long as it was, and cut into the same chunks."""
+    layouts = {(one.num_bytes, one.chunk_bytes) for one in (base.manifest, manifest)}
+    with suppress(FileNotFoundError):
+        return len(layouts) == 1 and base.path.stat().st_size == manifest.num_bytes
+    return False
+
+
+def _map(file: int) -> memoryview:
+    return memoryview(mmap.mmap(file, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
+
+
+def _patch(envelope: Envelope, attempt: Attempt, offset: int, length: int) -> Buffer:
+    """The chunk, patched where it lies; nothing where that cannot be done."""
+    if attempt.progress.base is None:
+        return b""
+    chunk = attempt.content[offset : offset + length]
+    try:
+        for delta in envelope.frames:
+            patch(chunk, delta)
+    except DeltaError as error:
+        log.debug("%s", error)
+        return b""
+    return chunk
+
+
+def _give_up_base(progress: Progress) -> None:
+    if progress.base:
+        log.warning(
+            "a delta from %s did not give %s: fetching what is missing whole",
+            progress.base.version,
+            progress.manifest.version,
+        )
+        progress.base = None
 
 
 def _write(descriptor: int, data: Buffer, offset: int) -> None:

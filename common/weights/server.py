@@ -1,4 +1,7 @@
-"""Serves snapshots: announces the newest on an XPUB socket, answers requests on a ROUTER, one chunk per credit."""
+"""Serves snapshots: announces the newest on an XPUB socket, answers requests on a ROUTER, one chunk per credit.
+
+A peer that holds another version gets deltas of a chunk, where there are any from that very one and they are shorter.
+"""
 
 import logging
 import os
@@ -15,6 +18,7 @@ import zmq
 from common.keys.allowed import ServerKeys
 from common.version import Version
 from common.watchdog import Watch
+from common.weights.deltas import Delta, Deltas
 from common.weights.snapshot import Snapshot
 from common.wire.codec import Buffer, WireError, decode, encode
 from common.wire.connections import Bounds, Closing, Connection
@@ -98,6 +102,7 @@ class WeightServer:
         self._unsent: deque[Unsent] = deque()
         self._taken_at = time.monotonic()
         self._served: dict[str, Served] = {}
+        self._deltas = Deltas()
         self._lock = threading.Lock()
         self._is_closing = threading.Event()
         self.newest: Version | None = None
@@ -105,9 +110,12 @@ class WeightServer:
         self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
         self._thread.start()
 
-    def publish(self, snapshot: Snapshot, *, pin: bool) -> None:
-        """Offer a snapshot as the newest and announce it. Call it from one thread only."""
+    def publish(self, snapshot: Snapshot, *, pin: bool, delta: Delta | None = None) -> None:
+        """Offer a snapshot as the newest, with the delta that leads to it, and announce it. One thread at a time."""
         self.offer(snapshot, pin=pin)
+        if delta:
+            with self._lock:
+                self._deltas.add(delta, max_bytes=snapshot.manifest.num_bytes)
         self.newest = snapshot.version
         self._retire_old()
         header = Announcement(version=snapshot.version).stamped(snapshot.version)
@@ -136,10 +144,17 @@ class WeightServer:
         with self._lock:
             return sum(len(served.pins) for served in self._served.values())
 
+    @property
+    def num_deltas(self) -> int:
+        with self._lock:
+            return len(self._deltas)
+
     def close(self) -> None:
         self._is_closing.set()
         self._thread.join(timeout=5)
         self._outbox.close()
+        with self._lock:
+            self._deltas.close()
 
     def _retire_old(self) -> None:
         now = time.monotonic()
@@ -256,9 +271,12 @@ class WeightServer:
                 return encode(header)
             served.asked_at = time.monotonic()
             offset, length = served.snapshot.manifest.chunk_span(request.index)
-            data = os.pread(served.descriptor, length, offset)
-        self.sent_bytes += len(data)
-        return encode(header, [data])
+            chain = self._deltas.between(request.base, request.version.hash)
+            data = [delta.chunk(request.index) for delta in chain]
+            if not data or sum(map(len, data)) >= length:
+                chain, data = [], [os.pread(served.descriptor, length, offset)]
+        self.sent_bytes += sum(map(len, data))
+        return encode(header.model_copy(update={"num_deltas": len(chain)}), data)
 
 
 def _make_pair(context: "zmq.Context[Any]") -> tuple[Any, Any]:

@@ -4,12 +4,13 @@ The hash of a version is the hash of its chunk hashes, so that each chunk can be
 needs no second pass. The file's bytes depend on the tensors alone: equal weights have equal hashes, whoever wrote them.
 """
 
-import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from blake3 import blake3
 
 from common.version import Version
 
@@ -52,7 +53,7 @@ class Snapshot:
 
 
 def hash_chunk(data: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
+    return blake3(data).digest(length=HASH_BYTES)
 
 
 def hash_of_chunks(chunk_hashes: Iterable[bytes]) -> str:
@@ -81,7 +82,21 @@ def read_snapshot(path: Path, *, run_id: str, incarnation: int, step: int, chunk
     return Snapshot(path, Manifest(version, path.stat().st_size, chunk_bytes, hashes))
 
 
-def _chunk_hashes(path: Path, chunk_bytes: int) -> Iterable[bytes]:
+def is_whole(snapshot: Snapshot) -> bool:
+    """Whether its file still has the bytes that its version is named by."""
+    try:
+        return hash_of_chunks(_chunk_hashes(snapshot.path, snapshot.manifest.chunk_bytes)) == snapshot.version.hash
+    except FileNotFoundError:
+        return False
+
+
+def read_chunks(path: Path, chunk_bytes: int) -> Iterator[memoryview]:
+    """Each in the memory of the one before, as fresh memory costs more than what is done in it."""
+    buffer = memoryview(bytearray(chunk_bytes))
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(chunk_bytes):
-            yield hash_chunk(chunk)
+        while length := file.readinto(buffer):
+            yield buffer[:length]
+
+
+def _chunk_hashes(path: Path, chunk_bytes: int) -> Iterable[bytes]:
+    return map(hash_chunk, read_chunks(path, chunk_bytes))

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from common.version import Version
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised with every change that an older peer would misread."""
 
 MAX_LEASES = 1024
@@ -23,6 +23,8 @@ MAX_CATEGORIES = 64
 """Of one task at most."""
 MAX_CATEGORY_CHARACTERS = 64
 MAX_PASS_SIZES = 16
+MAX_DELTAS = 4
+"""From one version of a chunk to another; each comes in a frame of its own."""
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Reason = Annotated[str, Field(max_length=500)]
@@ -286,14 +288,19 @@ class ChunkRequest(Message):
     kind: Literal["chunk_request"] = "chunk_request"
     version: Version
     index: Number
+    base: Annotated[str, Field(max_length=64)] = ""
+    """Hash of a version that the peer holds, so that deltas will do; empty: none."""
 
 
 class Chunk(Message):
-    """One frame follows: the bytes; none where the version is no longer kept."""
+    """Frames follow: the deltas that lead there from the peer's base, in order; or one, the bytes themselves; or none,
+    where the version is no longer kept."""
 
     kind: Literal["chunk"] = "chunk"
     version: Version
     index: Number
+    num_deltas: Annotated[int, Field(ge=0, le=MAX_DELTAS)] = 0
+    """0: the bytes themselves."""
 
 
 AnyMessage = Annotated[

@@ -53,12 +53,12 @@ def good_messages(version: Version, lease_id: str) -> list[list[bytes]]:
         Hello(peer_id="a", session="s", role=Role.ACTOR, engine="e", config_hash="c"),
         WorkRequest(state=ActorState.SERVING, capacity=3, serving=version, held=(lease_id, "2.b")),
         LeaseFailure(lease_id=lease_id, reason="no"), Goodbye(), ManifestRequest(version=version),
-        ChunkRequest(version=version, index=1), Announcement(version=version), result_for(version),
+        ChunkRequest(version=version, index=1, base="cd" * 16), Announcement(version=version), result_for(version),
     ]  # fmt: skip
     framed = [
         encode(group_header(group).stamped(version), group_frames(group)),
         encode(ManifestReply(version=version, num_bytes=5, chunk_bytes=2), [bytes(48)]),
-        encode(Chunk(version=version, index=0), [bytes(100)]),
+        encode(Chunk(version=version, index=0, num_deltas=1), [bytes(100)]),
     ]
     return [
         [bytes(frame) for frame in frames] for frames in [*(encode(one.stamped(version)) for one in plain), *framed]
