@@ -252,6 +252,7 @@ class Host:
 
     def close(self) -> None:
         self._board.close()
+        self.source.close()
         self.inbox.close()
         self.server.close()
         if self._keys:
@@ -259,7 +260,7 @@ class Host:
         self.ledger.close()
 
     def _status(self) -> dict[str, Any]:
-        counts = self.ledger.account.counts() if self.phase != "ended" else None
+        counts = self.ledger.tallies.counts() if self.phase != "ended" else None
         return {
             "phase": self.phase,
             "step": self.step,
@@ -267,7 +268,7 @@ class Host:
             "waiting_for": self.source.waiting_for,
             "port": self.port,
             "groups": vars(counts) if counts else {},
-            "dropped": self.ledger.account.dropped() if counts else {},
+            "dropped": self.ledger.tallies.dropped() if counts else {},
             "evaluations_owed": self.publisher.owed_steps,
             "peers": [
                 {

@@ -8,9 +8,8 @@ the commit.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import zmq
 
@@ -173,7 +172,7 @@ class Inbox:
         """The reply; None to a peer that is shown out."""
         try:
             envelope = decode(arrival.frames, max_bytes=self._door.max_message_bytes)
-            reply = self._answer(arrival, envelope.message, envelope.frames)
+            reply = self._answer(arrival, envelope.message)
             request_id = envelope.message.request_id
         except ProtocolMismatch as error:
             self._listener.refuse("protocol", str(error))
@@ -195,7 +194,7 @@ class Inbox:
         )
         return [arrival.routing_id, *encode(header)]
 
-    def _answer(self, arrival: Arrival, message: Message, frames: Any) -> Message:
+    def _answer(self, arrival: Arrival, message: Message) -> Message:
         """Raises WireError or NotYourName where the sender is to be shown out."""
         if not arrival.connection.is_admitted and self._listener.is_full:
             self._listener.refuse("full", "network.max_connections peers are served")
@@ -219,7 +218,7 @@ class Inbox:
                 self._listener.refuse("lease", reason)
                 return Receipt(outcome=Outcome.REFUSED, reason=reason)
             case GroupHeader():
-                return self._commit(peer, message, frames)
+                return self._commit(peer, message, arrival.frames)
             case LeaseFailure():
                 return self._fail(peer, message)
             case EvaluationResult() if peer.role is not Role.EVALUATOR or not message.adds_up:
@@ -285,13 +284,14 @@ class Inbox:
             max_tokens=terms.max_tokens, seed=(terms.seed * 1_000_003 + group_id) * terms.group_size % MAX_SEED,
         )  # fmt: skip
 
-    def _commit(self, peer: Peer, header: GroupHeader, frames: Any) -> Message:
+    def _commit(self, peer: Peer, header: GroupHeader, frames: Sequence[Buffer]) -> Message:
+        """Of a message's frames, its header the first."""
         if late := self._ledger.redeliver(header.lease_id):  # it may be of a history that was left behind
             return Receipt(outcome=Outcome.REDELIVERED, reason=late)
         newest = self._newest()
         limits = GroupLimits(self._vocab_size, self._terms.group_size, newest.step if newest else 0)
         try:
-            group = read_group(header, frames, limits)
+            group = read_group(header, frames[1:], limits)
         except WireError as error:
             self._ledger.expire_lease(header.lease_id)
             return self._refuse_group(peer, error)
@@ -299,7 +299,7 @@ class Inbox:
         peer.failed_groups.clear()
         outcome, reason = self._ledger.commit(
             header.lease_id,
-            to_blob(header, frames),
+            to_blob(frames),
             Sample(
                 min_version=group.min_version,
                 num_trajectories=len(group.trajectories),

@@ -90,6 +90,11 @@ class Database:
     def _num_transactions(self) -> int:
         return int(self.fact("transactions") or 0)
 
+    def add_temporary(self, script: str) -> None:
+        """Create what is of this connection only; outside of any transaction."""
+        with self.lock:
+            self._db.executescript(script)
+
     def execute(self, query: str, parameters: tuple[object, ...] = ()) -> sqlite3.Cursor:
         return self._db.execute(query, parameters)
 

@@ -23,6 +23,7 @@ from learner.ledger.database import Database
 from learner.ledger.evaluations import Evaluations
 from learner.ledger.history import Composition, History
 from learner.ledger.schema import SCHEMA_VERSION
+from learner.ledger.tallies import Tallies
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class Ledger:
             self.run_id = self.fact("run_id", uuid.uuid4().hex[:12])
             self.incarnation = self._db.increase("incarnation") + 1
             self._db.execute("UPDATE leases SET state = 'expired' WHERE state = 'active'")
+        self.tallies = Tallies(self._db)
 
     def fact(self, name: str, value: str) -> str:
         """The stored value of `name`; `value` is stored where there is none yet."""
@@ -144,15 +146,11 @@ class Ledger:
 
     def _leasable(self, limit: int, count: int) -> list[tuple[int, int]]:
         """Groups without an active lease whose place is within `limit`, then new ones; (group_id, prompt_index)."""
-        num_dropped = self._db.count("SELECT count(*) FROM groups WHERE state = 'dropped'")
+        if count <= 0:
+            return []
+        orphans = self.tallies.orphans(limit, count)
         last = self._db.count("SELECT coalesce(max(group_id), 0) FROM groups")
-        orphans = self._db.execute(
-            "SELECT group_id, prompt_index FROM groups AS g WHERE state = 'leased' AND NOT EXISTS "
-            "(SELECT 1 FROM leases WHERE leases.group_id = g.group_id AND leases.state = 'active') "
-            "AND group_id - (SELECT count(*) FROM groups AS d WHERE d.state = 'dropped' AND d.group_id < g.group_id) "
-            "<= ? ORDER BY group_id LIMIT ?", (limit, count),
-        ).fetchall()  # fmt: skip
-        num_new = max(0, min(count - len(orphans), limit - (last - num_dropped)))
+        num_new = max(0, min(count - len(orphans), limit - (last - self.tallies.count("dropped"))))
         fresh = list(enumerate(self._next_prompts(num_new), start=last + 1))
         self._db.executemany("INSERT INTO groups (group_id, prompt_index, state) VALUES (?, ?, 'leased')", fresh)
         return [*orphans, *fresh]
@@ -214,12 +212,14 @@ class Ledger:
     def reclaim(self, lease_ids: Sequence[str], session: str) -> None:
         """Leases of `session` that were taken for expired, but that it still works on, are active again."""
         with self._db.transaction():
+            query = "SELECT lease_id FROM leases WHERE session = ? AND state = 'active'"
+            active = {lease_id for (lease_id,) in self._db.execute(query, (session,))}
             self._db.executemany(
                 "UPDATE leases SET state = 'active' WHERE lease_id = ? AND session = ? AND state = 'expired' "
                 "AND EXISTS (SELECT 1 FROM groups AS g WHERE g.group_id = leases.group_id AND g.state = 'leased') "
                 "AND NOT EXISTS "
                 "(SELECT 1 FROM leases AS other WHERE other.group_id = leases.group_id AND other.state = 'active')",
-                [(lease_id, session) for lease_id in lease_ids],
+                [(lease_id, session) for lease_id in lease_ids if lease_id not in active],
             )
 
     def was_issued_to(self, lease_id: str, actor_id: str) -> bool:
@@ -288,10 +288,16 @@ class Ledger:
             if swept:
                 log.warning("%d groups became staler than %d steps: dropped", len(swept), self._max_staleness)
                 self._db.executemany("DELETE FROM bodies WHERE group_id = ?", swept)
+            return self.candidates(step, waits_for_oldest=waits_for_oldest)
+
+    def candidates(self, step: int, *, waits_for_oldest: bool) -> list[int]:
+        """What `ready` would give now; sweeps nothing out."""
+        with self._db.lock:
             oldest = self._db.count("SELECT coalesce(min(group_id), 1 << 62) FROM groups WHERE state = 'leased'")
             rows = self._db.execute(
-                "SELECT group_id FROM groups WHERE state = 'committed' AND group_id < ? ORDER BY group_id LIMIT ?",
-                (oldest if waits_for_oldest else 1 << 62, self._groups_per_step),
+                "SELECT group_id FROM groups WHERE state = 'committed' AND group_id < ? AND ? - min_version <= ? "
+                "ORDER BY group_id LIMIT ?",
+                (oldest if waits_for_oldest else 1 << 62, step, self._max_staleness, self._groups_per_step),
             )
             return [group_id for (group_id,) in rows]
 
