@@ -176,7 +176,7 @@ class Host:
             is_published=self.publisher.has_published,
             evaluation=self.publisher.evaluation,
             on_evaluation=self.publisher.finish_evaluation,
-            judge=self._why_drop,
+            judge=self._why_drop if config.algorithm.zero_variance == "drop" else None,
             watch=self.watchdog.watch("the learner's inbox", limit_s=config.run.watchdog_s),
         )
         registry = self.recorder.prometheus.registry
@@ -189,9 +189,7 @@ class Host:
         )
 
     def _why_drop(self, group: TrajectoryGroup) -> DropReason | None:
-        if self._config.algorithm.zero_variance == "keep" or self._shaping.has_signal(group):
-            return None
-        return DropReason.ZERO_VARIANCE
+        return None if self._shaping.has_signal(group) else DropReason.ZERO_VARIANCE
 
     @property
     def phase(self) -> str:

@@ -2,13 +2,13 @@
 
 Consumes messages of peers; waits for nobody; produces committed groups in the ledger. Each round drains what has
 arrived, handles it in one transaction, then replies: many results share one write to disk, and no receipt leaves before
-the commit.
+the commit. While the disk is busy, the next round is received and read.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
@@ -17,9 +17,9 @@ from common.keys.folder import key_name_of
 from common.trajectory import TrajectoryGroup
 from common.version import Version
 from common.watchdog import Watch
-from common.wire.codec import Buffer, ProtocolMismatch, WireError, decode, encode
+from common.wire.codec import Buffer, ProtocolMismatch, WireError, encode
 from common.wire.connections import Closing
-from common.wire.groups import GroupLimits, read_group, to_blob
+from common.wire.groups import GroupLimits, to_blob
 from common.wire.listener import Arrival, Listener
 from common.wire.messages import (
     ActorState,
@@ -38,18 +38,19 @@ from common.wire.messages import (
     Work,
     WorkRequest,
 )
+from learner.intake import Intake, Letter
 from learner.ledger.ledger import DropReason, Ledger, Sample
 from learner.peers import Peer, Peers
 
 log = logging.getLogger(__name__)
 
-MAX_ROUND = 256
-"""Messages handled under one commit at most."""
 MAX_FAILED_GROUPS = 8
 """Prompts, all different, that one peer may fail on without a good group between them."""
 MAX_REFUSED_GROUPS = 3
 """Of one peer in a row; then it is sent away, so that a broken one does not use up the prompts' leases."""
 POLL_MS = 200
+MIND_S = 0.2
+"""Between two looks at who is silent."""
 ABSENCE_S = 1.0
 """A round that takes longer was not lived through by this thread alone."""
 MAX_SEED = 2**53
@@ -92,9 +93,9 @@ class Inbox:
         self, listener: Listener, ledger: Ledger, *, door: Door, terms: LeaseTerms, vocab_size: int,
         newest: Callable[[], Version | None], is_published: Callable[[Version], bool],
         evaluation: Callable[[], Version | None], on_evaluation: Callable[[EvaluationResult], Outcome],
-        judge: Callable[[TrajectoryGroup], DropReason | None] = lambda _: None, watch: Watch | None = None,
+        judge: Callable[[TrajectoryGroup], DropReason | None] | None = None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
-        """`judge` says why a valid group is to be dropped all the same."""
+        """`judge` says why a valid group is to be dropped all the same; None: none is."""
         self._listener = listener
         self._ledger = ledger
         self._door = door
@@ -109,15 +110,24 @@ class Inbox:
         self.peers = Peers()
         self.refusals = listener.refusals
         """Refused messages by kind of fault."""
-        self.received_bytes = 0
+        self._intake = Intake(
+            listener,
+            max_message_bytes=door.max_message_bytes,
+            max_round_bytes=door.max_round_bytes,
+            limits=self._group_limits,
+        )
         self.grants_leases = False
         """Set when every committed batch has been replayed: only then may new leases and results come."""
         self.is_run_finished = False
         self.failure: Exception | None = None
         """What ended the thread, a disk that is full as a rule; the train loop raises it."""
-        self._here_at = time.monotonic()
+        self._here_at = self._minded_at = time.monotonic()
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="inbox", daemon=True)
+
+    @property
+    def received_bytes(self) -> int:
+        return self._intake.received_bytes
 
     def start(self) -> None:
         self._thread.start()
@@ -127,19 +137,14 @@ class Inbox:
         self._thread.join(timeout=5)
 
     def _serve(self) -> None:
+        letters: list[Letter] = []
         try:
             while not self._is_closing.is_set():
                 if self._watch:
                     self._watch.beat()
                 self._forgive_own_absence()
-                arrived = self._drain()
-                with self._ledger.transaction():
-                    replies = [reply for arrival in arrived if (reply := self._handle(arrival))]
-                    self._mind_the_silent()
-                for reply in replies:
-                    self._send(reply)
-                for arrival in arrived:
-                    self._listener.settle(arrival)
+                letters += self._intake.collect(0 if letters else POLL_MS)
+                letters = self._handle_round(letters)
         except Exception as error:  # nobody else would notice that the door is shut
             self.failure = error
             with self._ledger.changed:
@@ -149,18 +154,21 @@ class Inbox:
                 self._watch.rest()  # a failure that is stored ends with its own line
             self._listener.close()
 
-    def _drain(self) -> list[Arrival]:
-        arrived: list[Arrival] = []
-        num_bytes, timeout = 0, POLL_MS
-        for _ in range(MAX_ROUND):
-            if num_bytes > self._door.max_round_bytes or not self._listener.poll(timeout):
-                break
-            timeout = 0
-            if arrival := self._listener.receive():
-                num_bytes += arrival.num_bytes
-                arrived.append(arrival)
-        self.received_bytes += num_bytes
-        return arrived
+    def _handle_round(self, letters: list[Letter]) -> list[Letter]:
+        """Answer `letters` once they are on disk; returns what came, and was read, while the disk was busy."""
+        following: list[Letter] = []
+
+        def collect(is_over: Callable[[], bool]) -> None:
+            following.extend(self._intake.collect(0, is_over=is_over))
+
+        with self._ledger.transaction(while_committing=collect):
+            replies = [reply for letter in letters if (reply := self._handle(letter))]
+            self._mind_the_silent()
+        for reply in replies:
+            self._send(reply)
+        for letter in letters:
+            self._listener.settle(letter.arrival)
+        return following
 
     def _send(self, frames: list[Buffer]) -> None:
         try:
@@ -168,12 +176,13 @@ class Inbox:
         except zmq.ZMQError:
             log.debug("a reply to %s was not delivered: it will ask again", bytes(frames[0]).decode(errors="replace"))
 
-    def _handle(self, arrival: Arrival) -> list[Buffer] | None:
+    def _handle(self, letter: Letter) -> list[Buffer] | None:
         """The reply; None to a peer that is shown out."""
+        arrival, message = letter.arrival, letter.message
         try:
-            envelope = decode(arrival.frames, max_bytes=self._door.max_message_bytes)
-            reply = self._answer(arrival, envelope.message)
-            request_id = envelope.message.request_id
+            if isinstance(message, WireError):
+                raise message
+            reply, request_id = self._answer(letter, message), message.request_id
         except ProtocolMismatch as error:
             self._listener.refuse("protocol", str(error))
             reply, request_id = Refusal(reason=str(error)[:500], is_final=True), 0
@@ -194,8 +203,9 @@ class Inbox:
         )
         return [arrival.routing_id, *encode(header)]
 
-    def _answer(self, arrival: Arrival, message: Message) -> Message:
+    def _answer(self, letter: Letter, message: Message) -> Message:
         """Raises WireError or NotYourName where the sender is to be shown out."""
+        arrival = letter.arrival
         if not arrival.connection.is_admitted and self._listener.is_full:
             self._listener.refuse("full", "network.max_connections peers are served")
             return Refusal(reason="the learner serves network.max_connections peers already", is_final=False)
@@ -218,7 +228,7 @@ class Inbox:
                 self._listener.refuse("lease", reason)
                 return Receipt(outcome=Outcome.REFUSED, reason=reason)
             case GroupHeader():
-                return self._commit(peer, message, arrival.frames)
+                return self._commit(peer, message, letter)
             case LeaseFailure():
                 return self._fail(peer, message)
             case EvaluationResult() if peer.role is not Role.EVALUATOR or not message.adds_up:
@@ -284,32 +294,31 @@ class Inbox:
             max_tokens=terms.max_tokens, seed=(terms.seed * 1_000_003 + group_id) * terms.group_size % MAX_SEED,
         )  # fmt: skip
 
-    def _commit(self, peer: Peer, header: GroupHeader, frames: Sequence[Buffer]) -> Message:
-        """Of a message's frames, its header the first."""
+    def _commit(self, peer: Peer, header: GroupHeader, letter: Letter) -> Message:
         if late := self._ledger.redeliver(header.lease_id):  # it may be of a history that was left behind
             return Receipt(outcome=Outcome.REDELIVERED, reason=late)
-        newest = self._newest()
-        limits = GroupLimits(self._vocab_size, self._terms.group_size, newest.step if newest else 0)
-        try:
-            group = read_group(header, frames[1:], limits)
-        except WireError as error:
+        arrays = letter.group
+        assert arrays, "it is read with its header"
+        if isinstance(arrays, WireError):
             self._ledger.expire_lease(header.lease_id)
-            return self._refuse_group(peer, error)
+            return self._refuse_group(peer, arrays)
         peer.num_refused_groups = 0
         peer.failed_groups.clear()
-        outcome, reason = self._ledger.commit(
-            header.lease_id,
-            to_blob(frames),
-            Sample(
-                min_version=group.min_version,
-                num_trajectories=len(group.trajectories),
-                num_answer_tokens=group.num_answer_tokens,
-                reward_sum=group.reward_sum,
-                sampling_s=group.sampling_s,
-            ),
-            drop=self._judge(group),
+        versions = arrays.sampled_versions
+        sample = Sample(
+            min_version=int(versions.min()),
+            num_trajectories=len(header.trajectories),
+            num_answer_tokens=len(versions),
+            reward_sum=arrays.reward_sum,
+            sampling_s=header.sampling_s,
         )
+        drop = self._judge(arrays.group()) if self._judge else None
+        outcome, reason = self._ledger.commit(header.lease_id, to_blob(letter.arrival.frames), sample, drop=drop)
         return Receipt(outcome=outcome, reason=reason)
+
+    def _group_limits(self) -> GroupLimits:
+        newest = self._newest()
+        return GroupLimits(self._vocab_size, self._terms.group_size, newest.step if newest else 0)
 
     def _refuse_group(self, peer: Peer, error: WireError) -> Message:
         self._listener.refuse("group", f"{peer.peer_id}: {error}")
@@ -349,7 +358,10 @@ class Inbox:
         self._here_at = now
 
     def _mind_the_silent(self) -> None:
-        """Say who is gone, and give back the leases of those who stay away."""
+        """Say who is gone, and give back the leases of those who stay away. A look at everybody takes time."""
+        if time.monotonic() - self._minded_at < MIND_S:
+            return
+        self._minded_at = time.monotonic()
         for peer in self.peers.all():
             peer.note_bytes()
         for peer in self.peers.silent(self._door.silence_s):

@@ -621,6 +621,18 @@ class LedgerMachine(RuleBasedStateMachine):
         assert without_reason == (0,)
 
     @invariant()
+    def the_tallies_are_what_counting_anew_gives(self) -> None:
+        account, tallies = self.ledger.account, self.ledger.tallies
+        assert tallies.counts() == account.counts()
+        assert [tallies.count(state) for state in vars(account.counts())] == [*vars(account.counts()).values()]
+        assert tallies.dropped() == account.dropped()
+        orphans = (
+            "SELECT group_id, prompt_index FROM groups WHERE state = 'leased' AND group_id NOT IN "
+            "(SELECT group_id FROM leases WHERE state = 'active') ORDER BY group_id"
+        )
+        assert tallies.orphans(limit=1 << 62, count=1 << 62) == self.rows(orphans)
+
+    @invariant()
     def no_prompt_is_in_two_groups_that_are_not_dropped(self) -> None:
         query = "SELECT prompt_index FROM groups WHERE state != 'dropped' GROUP BY prompt_index HAVING count(*) > 1"
         assert self.rows(query) == []

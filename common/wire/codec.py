@@ -1,6 +1,6 @@
 """Messages to frames and back: a MessagePack header, then raw frames. Bytes become bounded models or a WireError."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -83,13 +83,14 @@ def _decode_header(frame: Buffer) -> AnyMessage:
 
 def _check_nesting(header: object) -> None:
     """Level by level, so that no depth costs stack."""
-    level: list[object] = [header]
+    level: list[Any] = [header]
     for _ in range(MAX_NESTING):
-        inner: list[object] = []
-        for container in level:
-            values = cast("dict[str, object]", container).values() if isinstance(container, dict) else container
-            inner += [value for value in cast("Iterable[object]", values) if isinstance(value, dict | tuple)]
-        if not inner:
+        level = [
+            value
+            for container in level
+            for value in (container.values() if isinstance(container, dict) else container)
+            if isinstance(value, dict | tuple)
+        ]
+        if not level:
             return
-        level = inner
     raise WireError(f"header: nested more than {MAX_NESTING} deep, expected less")

@@ -1,5 +1,6 @@
 """A TrajectoryGroup as a header and four little-endian frames, and back without a copy; as one blob for the journal."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,6 +13,8 @@ from common.trajectory import NOT_SAMPLED, Trajectory, TrajectoryGroup
 from common.wire.codec import Buffer, WireError, decode, pack, unpack
 from common.wire.messages import GroupHeader, TrajectoryHeader
 
+MAX_LOGPROB = 1e-3
+"""Rounding may lift the log-prob of a certain token above 0."""
 ARRAYS = (("tokens", "<i4"), ("logprobs", "<f4"), ("mask", "<f4"), ("versions", "<i4"))
 
 
@@ -44,7 +47,41 @@ def group_frames(group: TrajectoryGroup) -> list[Buffer]:
     ]
 
 
-def read_group(header: GroupHeader, frames: Sequence[Buffer], limits: GroupLimits) -> TrajectoryGroup:
+@dataclass(frozen=True)
+class GroupArrays:
+    """A group as it travels: each array of all trajectories, one after the other. Views on the frames."""
+
+    header: GroupHeader
+    tokens: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    mask: NDArray[np.float32]
+    versions: NDArray[np.int32]
+
+    @property
+    def sampled_versions(self) -> NDArray[np.int32]:
+        """Policy version of each sampled token."""
+        return self.versions[self.versions != NOT_SAMPLED]
+
+    @property
+    def reward_sum(self) -> float:
+        return sum(row.reward for row in self.header.trajectories)
+
+    def group(self) -> TrajectoryGroup:
+        """The carrier, views on the frames as well."""
+        ends = list(accumulate(row.num_tokens for row in self.header.trajectories))
+        trajectories = tuple(
+            Trajectory(
+                self.tokens[start:end], self.logprobs[start:end], self.mask[start:end], self.versions[start:end],
+                row.reward, row.is_truncated,
+            )
+            for start, end, row in zip([0, *ends], ends, self.header.trajectories, strict=False)
+        )  # fmt: skip
+        return TrajectoryGroup(
+            self.header.lease_id, self.header.num_prompt_tokens, trajectories, self.header.sampling_s
+        )  # fmt: skip
+
+
+def read_group(header: GroupHeader, frames: Sequence[Buffer], limits: GroupLimits) -> GroupArrays:
     """Views on the frames, checked. Raises WireError."""
     arrays = _view_arrays(header, frames)
     if len(header.trajectories) != limits.group_size:
@@ -55,9 +92,8 @@ def read_group(header: GroupHeader, frames: Sequence[Buffer], limits: GroupLimit
             f"trajectory: got {shortest} tokens with a prompt of {header.num_prompt_tokens}, expected an answer"
         )
     _check_values(arrays, limits)
-    group = _divide(header, arrays)
-    _check_prompts(group)
-    return group
+    _check_prompts(arrays)
+    return arrays
 
 
 def to_blob(frames: Sequence[Buffer]) -> bytes:
@@ -70,66 +106,42 @@ def from_blob(blob: bytes) -> TrajectoryGroup:
     frames: list[bytes] = unpack(blob)
     envelope = decode(frames, max_bytes=len(blob))
     assert isinstance(envelope.message, GroupHeader)
-    return _divide(envelope.message, _view_arrays(envelope.message, envelope.frames))
+    return _view_arrays(envelope.message, envelope.frames).group()
 
 
-@dataclass(frozen=True)
-class _Arrays:
-    """The frames as they are: each array of all trajectories, one after the other."""
-
-    tokens: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    mask: NDArray[np.float32]
-    versions: NDArray[np.int32]
-
-
-def _view_arrays(header: GroupHeader, frames: Sequence[Buffer]) -> _Arrays:
+def _view_arrays(header: GroupHeader, frames: Sequence[Buffer]) -> GroupArrays:
     if len(frames) != len(ARRAYS):
         raise WireError(f"group: got {len(frames)} array frames, expected {len(ARRAYS)}")
     num_bytes = 4 * sum(row.num_tokens for row in header.trajectories)
     for frame, (name, _) in zip(frames, ARRAYS, strict=True):
         if len(frame) != num_bytes:
             raise WireError(f"group.{name}: got {len(frame)} bytes, expected {num_bytes}")
-    return _Arrays(*(np.frombuffer(frame, dtype) for frame, (_, dtype) in zip(frames, ARRAYS, strict=True)))
+    return GroupArrays(header, *(np.frombuffer(frame, dtype) for frame, (_, dtype) in zip(frames, ARRAYS, strict=True)))
 
 
-def _divide(header: GroupHeader, arrays: _Arrays) -> TrajectoryGroup:
-    ends = list(accumulate(row.num_tokens for row in header.trajectories))
-    trajectories = tuple(
-        Trajectory(
-            arrays.tokens[start:end], arrays.logprobs[start:end], arrays.mask[start:end], arrays.versions[start:end],
-            row.reward, row.is_truncated,
-        )
-        for start, end, row in zip([0, *ends], ends, header.trajectories, strict=False)
-    )  # fmt: skip
-    return TrajectoryGroup(header.lease_id, header.num_prompt_tokens, trajectories, header.sampling_s)
-
-
-def _check_values(arrays: _Arrays, limits: GroupLimits) -> None:
-    """Of all trajectories at once: a look at each costs ten times as much."""
+def _check_values(arrays: GroupArrays, limits: GroupLimits) -> None:
+    """Of all trajectories at once, since a look at each costs ten times as much; NaN fails every comparison."""
     tokens, logprobs, mask, versions = arrays.tokens, arrays.logprobs, arrays.mask, arrays.versions
-    if tokens.min() < 0 or tokens.max() >= limits.vocab_size:
+    if not (tokens.min() >= 0 and tokens.max() < limits.vocab_size):
         raise WireError(
             f"trajectory.tokens: got ids {tokens.min()} to {tokens.max()}, expected 0 to {limits.vocab_size - 1}"
         )
-    if not np.isfinite(logprobs).all() or logprobs.max() > 1e-3:
+    if not (logprobs.min() > -math.inf and logprobs.max() <= MAX_LOGPROB):
         raise WireError("trajectory.logprobs: got a value that is no log-prob, expected finite values of at most 0")
-    if not np.isfinite(mask).all() or mask.min() < 0:
+    if not (mask.min() >= 0 and mask.max() < math.inf):
         raise WireError("trajectory.mask: got a negative or non-finite weight, expected finite values of at least 0")
     if mask[versions == NOT_SAMPLED].any():
         raise WireError("trajectory.mask: got loss on tokens that no policy sampled, expected 0 there")
-    if versions.min() < NOT_SAMPLED or versions.max() > limits.max_version:
+    if not (versions.min() >= NOT_SAMPLED and versions.max() <= limits.max_version):
         raise WireError(f"trajectory.versions: got up to {versions.max()}, expected 0 to {limits.max_version}")
 
 
-def _check_prompts(group: TrajectoryGroup) -> None:
+def _check_prompts(arrays: GroupArrays) -> None:
     """One prompt, which no policy sampled, and an answer to it in every trajectory."""
-    size = group.num_prompt_tokens
-    first = group.trajectories[0].tokens[:size]
-    for trajectory in group.trajectories:
-        if (trajectory.versions[:size] != NOT_SAMPLED).any() or trajectory.versions[size:].max() == NOT_SAMPLED:
-            raise WireError(
-                "trajectory.versions: got sampled tokens in the prompt or none at all, expected them after it"
-            )
-        if not np.array_equal(trajectory.tokens[:size], first):
-            raise WireError("group: the prompts of its trajectories differ, expected one prompt")
+    starts = np.array([0, *accumulate(row.num_tokens for row in arrays.header.trajectories[:-1])])
+    places = starts[:, None] + np.arange(arrays.header.num_prompt_tokens)
+    if arrays.versions[places].max() > NOT_SAMPLED or np.maximum.reduceat(arrays.versions, starts).min() == NOT_SAMPLED:
+        raise WireError("trajectory.versions: got sampled tokens in the prompt or none at all, expected them after it")
+    prompts = arrays.tokens[places]
+    if (prompts != prompts[0]).any():
+        raise WireError("group: the prompts of its trajectories differ, expected one prompt")

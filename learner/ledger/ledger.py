@@ -10,11 +10,12 @@ import json
 import logging
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import OperatorError
 from common.wire.messages import Outcome
@@ -63,6 +64,15 @@ class Sample:
     sampling_s: float
 
 
+class _Standing(NamedTuple):
+    """Of a lease that was issued."""
+
+    group_id: int
+    actor_id: str
+    state: str
+    """Of its group."""
+
+
 class Ledger:
     """One writer's view of the ledger; safe to share between the learner's threads."""
 
@@ -108,9 +118,11 @@ class Ledger:
     def set_fact(self, name: str, value: str) -> None:
         self._db.set_fact(name, value)
 
-    def transaction(self) -> AbstractContextManager[None]:
-        """Several calls under one commit, so that many results share one write to disk."""
-        return self._db.transaction()
+    def transaction(
+        self, *, while_committing: Callable[[Callable[[], bool]], None] | None = None
+    ) -> AbstractContextManager[None]:
+        """Several calls under one commit, so that many results share one write to disk (see Database.transaction)."""
+        return self._db.transaction(while_committing=while_committing)
 
     def close(self) -> None:
         self._db.close()
@@ -224,24 +236,32 @@ class Ledger:
 
     def was_issued_to(self, lease_id: str, actor_id: str) -> bool:
         """Whether `actor_id` was ever granted this lease."""
-        query = "SELECT count(*) FROM leases WHERE lease_id = ? AND actor_id = ?"
-        return self._db.count(query, (lease_id, actor_id)) == 1
+        with self._db.lock:
+            standing = self._standing(lease_id)
+        return standing is not None and standing.actor_id == actor_id
+
+    def _standing(self, lease_id: str) -> "_Standing | None":
+        row = self._db.execute(
+            "SELECT group_id, leases.actor_id, groups.state FROM leases JOIN groups USING (group_id) "
+            "WHERE lease_id = ?", (lease_id,),
+        ).fetchone()  # fmt: skip
+        return _Standing(*row) if row else None
 
     # Results
 
     def redeliver(self, lease_id: str) -> str | None:
         """Why a result of this lease comes too late, which is noted; None where it does not."""
+        with self._db.lock:
+            standing = self._standing(lease_id)
+        return None if standing is None or standing.state == "leased" else self._note_late(lease_id, standing)
+
+    def _note_late(self, lease_id: str, standing: "_Standing") -> str:
         with self._db.transaction():
-            row = self._db.execute(
-                "SELECT group_id, groups.state FROM leases JOIN groups USING (group_id) WHERE lease_id = ?", (lease_id,)
-            ).fetchone()
-            if row is None or row[1] == "leased":
-                return None
             self._db.execute(
                 "UPDATE leases SET state = 'fulfilled' WHERE lease_id = ? AND state = 'active'", (lease_id,)
             )
             self._db.increase("redelivered")
-            return f"group {row[0]} is {row[1]}"
+        return f"group {standing.group_id} is {standing.state}"
 
     def commit(
         self, lease_id: str, body: bytes, sample: Sample, *, drop: DropReason | None = None
@@ -251,21 +271,20 @@ class Ledger:
         With `drop` it is acknowledged, and dropped: another prompt takes its place.
         """
         with self._db.transaction():
-            if late := self.redeliver(lease_id):
-                return Outcome.REDELIVERED, late
-            row = self._db.execute("SELECT group_id, actor_id FROM leases WHERE lease_id = ?", (lease_id,)).fetchone()
-            if row is None:
+            standing = self._standing(lease_id)
+            if standing is None:
                 return Outcome.REFUSED, f"lease {lease_id} was never issued"
-            group_id, actor_id = row
+            if standing.state != "leased":
+                return Outcome.REDELIVERED, self._note_late(lease_id, standing)
             if drop is None:
-                self._db.execute("INSERT INTO bodies VALUES (?, ?)", (group_id, body))
+                self._db.execute("INSERT INTO bodies VALUES (?, ?)", (standing.group_id, body))
             self._db.execute(
                 "UPDATE groups SET state = ?, reason = ?, winner = ?, actor_id = ?, min_version = ?, "
                 "num_trajectories = ?, num_answer_tokens = ?, reward_sum = ?, sampling_s = ? WHERE group_id = ?",
                 (
-                    "dropped" if drop else "committed", drop, lease_id, actor_id, sample.min_version,
+                    "dropped" if drop else "committed", drop, lease_id, standing.actor_id, sample.min_version,
                     sample.num_trajectories, sample.num_answer_tokens,
-                    sample.reward_sum, sample.sampling_s, group_id,
+                    sample.reward_sum, sample.sampling_s, standing.group_id,
                 ),
             )  # fmt: skip
             self._db.execute("UPDATE leases SET state = 'fulfilled' WHERE lease_id = ?", (lease_id,))
