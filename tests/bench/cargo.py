@@ -46,19 +46,21 @@ def make_cargo(seed: int, *, pool: int = POOL) -> list[Cargo]:
     return [_load(make_group(numbers)) for _ in range(pool)]
 
 
-def make_group(numbers: np.random.Generator) -> TrajectoryGroup:
-    prompt = numbers.integers(0, VOCABULARY, PROMPT_TOKENS)
+def make_group(
+    numbers: np.random.Generator, *, prompt: int = PROMPT_TOKENS, answers: tuple[int, int] = ANSWER_TOKENS
+) -> TrajectoryGroup:
+    asked = numbers.integers(0, VOCABULARY, prompt)
 
     def trajectory() -> Trajectory:
-        size = int(numbers.integers(*ANSWER_TOKENS))
-        sampled = np.arange(PROMPT_TOKENS + size) >= PROMPT_TOKENS
-        tokens = np.concatenate([prompt, numbers.integers(0, VOCABULARY, size)]).astype(np.int32)
+        size = int(numbers.integers(*answers))
+        sampled = np.arange(prompt + size) >= prompt
+        tokens = np.concatenate([asked, numbers.integers(0, VOCABULARY, size)]).astype(np.int32)
         logprobs = np.where(sampled, -numbers.exponential(size=len(tokens)), 0).astype(np.float32)
         versions = np.where(sampled, 0, NOT_SAMPLED).astype(np.int32)
         reward = float(numbers.integers(0, 2))
         return Trajectory(tokens, logprobs, sampled.astype(np.float32), versions, reward, is_truncated=False)
 
-    return TrajectoryGroup(LEASE, PROMPT_TOKENS, tuple(trajectory() for _ in range(GROUP_SIZE)), sampling_s=1.0)
+    return TrajectoryGroup(LEASE, prompt, tuple(trajectory() for _ in range(GROUP_SIZE)), sampling_s=1.0)
 
 
 def _load(group: TrajectoryGroup) -> Cargo:

