@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
@@ -85,12 +86,12 @@ def _check_nesting(header: object) -> None:
     """Level by level, so that no depth costs stack."""
     level: list[Any] = [header]
     for _ in range(MAX_NESTING):
-        level = [
-            value
-            for container in level
-            for value in (container.values() if isinstance(container, dict) else container)
-            if isinstance(value, dict | tuple)
-        ]
+        values: Iterable[object] = chain.from_iterable(map(_entries, level))
+        level = [value for value in values if isinstance(value, dict | tuple)]
         if not level:
             return
     raise WireError(f"header: nested more than {MAX_NESTING} deep, expected less")
+
+
+def _entries(container: Any) -> Iterable[object]:
+    return container.values() if isinstance(container, dict) else container
