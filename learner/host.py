@@ -24,10 +24,12 @@ from common.wire.listener import Listener
 from common.wire.sockets import SocketLimits, reserve_descriptors
 from learner.expert.store import ExpertStore
 from learner.handover import Handover
-from learner.inbox import Door, Inbox, LeaseTerms
-from learner.ledger.ledger import DropReason, Ledger
+from learner.inbox import Inbox, LeaseTerms
+from learner.ledger.leases import DropReason
+from learner.ledger.ledger import Ledger
 from learner.metrics import GuardCollector, RunCollector
 from learner.publisher import Publisher
+from learner.reception import Door
 from learner.recorder import Recorder
 from learner.shaping import Shaping
 from learner.source import Source, Stopped

@@ -13,16 +13,14 @@ from dataclasses import dataclass
 
 import zmq
 
-from common.keys.folder import key_name_of
 from common.trajectory import TrajectoryGroup
 from common.version import Version
 from common.watchdog import Watch
 from common.wire.codec import Buffer, ProtocolMismatch, WireError, encode
 from common.wire.connections import Closing
 from common.wire.groups import GroupLimits, to_blob
-from common.wire.listener import Arrival, Listener
+from common.wire.listener import Listener
 from common.wire.messages import (
-    ActorState,
     EvaluationResult,
     Goodbye,
     GroupHeader,
@@ -34,13 +32,15 @@ from common.wire.messages import (
     Receipt,
     Refusal,
     Role,
-    Welcome,
     Work,
     WorkRequest,
 )
+from learner.attendance import Attendance
 from learner.intake import Intake, Letter
-from learner.ledger.ledger import DropReason, Ledger, Sample
+from learner.ledger.leases import DropReason
+from learner.ledger.ledger import Ledger, Sample
 from learner.peers import Peer, Peers
+from learner.reception import Door, NotYourName, Reception, check_name
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,6 @@ MAX_FAILED_GROUPS = 8
 MAX_REFUSED_GROUPS = 3
 """Of one peer in a row; then it is sent away, so that a broken one does not use up the prompts' leases."""
 POLL_MS = 200
-MIND_S = 0.2
-"""Between two looks at who is silent."""
-ABSENCE_S = 1.0
-"""A round that takes longer was not lived through by this thread alone."""
 MAX_SEED = 2**53
 """Seeds of leases lie below it, whatever run.seed is; a message carries no larger number."""
 
@@ -66,24 +62,6 @@ class LeaseTerms:
     max_tokens: int
     seed: int
     lease_s: float
-
-
-@dataclass(frozen=True)
-class Door:
-    """What a newcomer is told, and what it must bring."""
-
-    config_hash: str
-    weights_port: int
-    announcements_port: int
-    max_message_bytes: int
-    max_round_bytes: int
-    """Bytes handled under one commit, but for the last message."""
-    silence_s: float
-    """A peer not heard for longer is gone; another process may have its name."""
-
-
-class NotYourName(Exception):
-    """A peer spoke for another than its key speaks for."""
 
 
 class Inbox:
@@ -108,6 +86,8 @@ class Inbox:
         self._judge = judge
         self._watch = watch
         self.peers = Peers()
+        self._reception = Reception(door, self.peers, ledger, newest=newest)
+        self._attendance = Attendance(self.peers, ledger, silence_s=door.silence_s, lease_s=terms.lease_s)
         self.refusals = listener.refusals
         """Refused messages by kind of fault."""
         self._intake = Intake(
@@ -121,7 +101,6 @@ class Inbox:
         self.is_run_finished = False
         self.failure: Exception | None = None
         """What ended the thread, a disk that is full as a rule; the train loop raises it."""
-        self._here_at = self._minded_at = time.monotonic()
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="inbox", daemon=True)
 
@@ -142,7 +121,7 @@ class Inbox:
             while not self._is_closing.is_set():
                 if self._watch:
                     self._watch.beat()
-                self._forgive_own_absence()
+                self._attendance.forgive_own_absence()
                 letters += self._intake.collect(0 if letters else POLL_MS)
                 letters = self._handle_round(letters)
         except Exception as error:  # nobody else would notice that the door is shut
@@ -163,7 +142,7 @@ class Inbox:
 
         with self._ledger.transaction(while_committing=collect):
             replies = [reply for letter in letters if (reply := self._handle(letter))]
-            self._mind_the_silent()
+            self._attendance.mind_the_silent()
         for reply in replies:
             self._send(reply)
         for letter in letters:
@@ -210,7 +189,7 @@ class Inbox:
             self._listener.refuse("full", "network.max_connections peers are served")
             return Refusal(reason="the learner serves network.max_connections peers already", is_final=False)
         if isinstance(message, Hello):
-            return self._welcome(arrival, message)
+            return self._reception.welcome(arrival, message)
         peer = self.peers.get(arrival.routing_id)
         if peer:
             check_name(arrival, peer.peer_id)
@@ -239,34 +218,6 @@ class Inbox:
                 return self._part(peer, message)
             case _:
                 raise WireError(f"got {type(message).__name__}, expected a request of an actor or evaluator")
-
-    def _welcome(self, arrival: Arrival, hello: Hello) -> Message:
-        check_name(arrival, hello.peer_id)
-        if arrival.routing_id != hello.routing_id:
-            raise WireError(f"hello: got another routing id, expected {hello.peer_id}/SESSION")
-        if hello.config_hash != self._door.config_hash:
-            reason = (
-                f"configuration: {hello.peer_id} has hash {hello.config_hash}, expected {self._door.config_hash}: "
-                "give it the learner's sampling, environment, algorithm, run.seed and eval values"
-            )
-            return Refusal(reason=reason, is_final=True)
-        if found := self.peers.rival_of(hello, silence_s=self._door.silence_s):
-            holder, wanted_s = found
-            is_final = wanted_s > 2 * self._door.silence_s
-            heard = f"{hello.peer_id} was heard {holder.silence_s:.1f} s ago from another process"
-            return Refusal(
-                reason=f"{heard}, expected a --name of its own" if is_final else f"{heard}: not yet", is_final=is_final
-            )
-        is_new = self.peers.get(arrival.routing_id) is None
-        if earlier := self.peers.join(hello, arrival.connection):
-            self._ledger.expire(earlier)
-        if is_new:
-            log.info("%s %s joined (%s engine)", hello.role, hello.peer_id, hello.engine)
-        return Welcome(
-            weights_port=self._door.weights_port,
-            announcements_port=self._door.announcements_port,
-            newest=self._newest(),
-        )
 
     def _work(self, peer: Peer, request: WorkRequest) -> Message:
         self.peers.heard(peer, request)
@@ -348,36 +299,3 @@ class Inbox:
         self._ledger.expire(peer.session)
         log.info("%s left: %s", peer.peer_id, goodbye.reason or "no reason given")
         return Receipt(outcome=Outcome.COMMITTED)
-
-    def _forgive_own_absence(self) -> None:
-        """Where this process was stopped or held up, nobody could be heard: that is nobody's silence."""
-        now = time.monotonic()
-        if (absence_s := now - self._here_at) > ABSENCE_S:
-            for peer in self.peers.all():
-                peer.last_heard = min(now, peer.last_heard + absence_s)
-        self._here_at = now
-
-    def _mind_the_silent(self) -> None:
-        """Say who is gone, and give back the leases of those who stay away. A look at everybody takes time."""
-        if time.monotonic() - self._minded_at < MIND_S:
-            return
-        self._minded_at = time.monotonic()
-        for peer in self.peers.all():
-            peer.note_bytes()
-        for peer in self.peers.silent(self._door.silence_s):
-            if peer.state is not ActorState.GONE:
-                peer.state = ActorState.GONE
-                log.warning(
-                    "%s is gone: silence of %.1f s, expected a request every second; its leases are issued again in "
-                    "%.0f s", peer.peer_id, peer.silence_s, max(self._terms.lease_s - peer.silence_s, 0),
-                )  # fmt: skip
-        for peer in self.peers.silent(self._terms.lease_s):
-            self.peers.leave(peer)
-            given_back = self._ledger.expire(peer.session)
-            log.warning("%s silent for %.0f s: %d leases given back", peer.peer_id, peer.silence_s, given_back)
-
-
-def check_name(arrival: Arrival, peer_id: str) -> None:
-    """Raises NotYourName."""
-    if arrival.key_name is not None and arrival.key_name != key_name_of(peer_id):
-        raise NotYourName(f"key {arrival.key_name} spoke for {peer_id}, expected {arrival.key_name} or a name below it")

@@ -17,7 +17,8 @@ from common.errors import OperatorError
 from common.wire.messages import Outcome
 from learner.ledger.account import GroupCounts
 from learner.ledger.history import Composition
-from learner.ledger.ledger import MAX_LEASES_PER_GROUP, GrantedLease, Ledger, Sample
+from learner.ledger.leases import MAX_LEASES_PER_GROUP, GrantedLease
+from learner.ledger.ledger import Ledger, Sample
 
 MEMORY = Path("/dev/shm")
 """Where SQLite's syncs cost nothing, if the machine has it."""

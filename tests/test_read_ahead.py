@@ -13,7 +13,7 @@ from common.trajectory import TrajectoryGroup
 from common.wire.codec import encode
 from common.wire.groups import group_frames, group_header, to_blob
 from learner.ledger.history import Composition
-from learner.ledger.ledger import GrantedLease
+from learner.ledger.leases import GrantedLease
 from learner.rows import Row
 from learner.source import Source
 from learner.step_rows import StepReader, StepRows

@@ -1,6 +1,6 @@
 """Messages to frames and back: a MessagePack header, then raw frames. Bytes become bounded models or a WireError."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -86,12 +86,11 @@ def _check_nesting(header: object) -> None:
     """Level by level, so that no depth costs stack."""
     level: list[Any] = [header]
     for _ in range(MAX_NESTING):
-        values: Iterable[object] = chain.from_iterable(map(_entries, level))
-        level = [value for value in values if isinstance(value, dict | tuple)]
+        level = [value for value in chain.from_iterable(map(_entries, level)) if isinstance(value, dict | tuple)]
         if not level:
             return
     raise WireError(f"header: nested more than {MAX_NESTING} deep, expected less")
 
 
-def _entries(container: Any) -> Iterable[object]:
-    return container.values() if isinstance(container, dict) else container
+def _entries(container: Any) -> Iterable[Any]:
+    return cast("dict[str, Any]", container).values() if isinstance(container, dict) else container

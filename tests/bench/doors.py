@@ -25,8 +25,9 @@ from common.wire.connections import MAX_NEWCOMERS, Bounds
 from common.wire.listener import Listener
 from common.wire.messages import Outcome
 from common.wire.sockets import SocketLimits, reserve_descriptors
-from learner.inbox import Door, Inbox, LeaseTerms
+from learner.inbox import Inbox, LeaseTerms
 from learner.ledger.ledger import Ledger, Sample
+from learner.reception import Door
 from tests.bench.cargo import GROUP_SIZE, VOCABULARY
 
 MAX_BYTES = 64 << 20
