@@ -3,6 +3,7 @@
 import random
 import sqlite3
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -265,6 +266,35 @@ def test_bodies_are_kept_until_every_kept_checkpoint_covers_their_step(
             train(ledger, step)
     ledger.prune_bodies(1)
     assert audit(tmp_path / "ledger.sqlite", "SELECT group_id FROM bodies") == [(2,), (3,)]
+
+
+def test_something_else_is_done_while_a_transaction_is_committed(
+    open_ledger: Callable[..., Ledger], tmp_path: Path
+) -> None:
+    ledger, on_disk = open_ledger(groups_per_step=4), "SELECT count(*) FROM bodies"
+    one, two = lease(ledger, capacity=2)
+    seen: list[object] = []
+
+    def look(is_over: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not is_over():
+            assert time.monotonic() < deadline, "not committed within 10 s"
+        seen.extend(audit(tmp_path / "ledger.sqlite", on_disk))
+
+    with ledger.transaction(while_committing=look):
+        pass
+    assert seen == [], "there was nothing to commit"
+    with ledger.transaction(while_committing=look):
+        commit(ledger, one)
+    assert seen == [(1,)]
+
+    def fail(is_over: Callable[[], bool]) -> None:
+        raise ValueError("meanwhile")
+
+    with pytest.raises(ValueError, match="meanwhile"), ledger.transaction(while_committing=fail):
+        commit(ledger, two)
+    assert audit(tmp_path / "ledger.sqlite", on_disk) == [(2,)]
+    assert commit(ledger, two) is Outcome.REDELIVERED
 
 
 def test_pace_waits_for_the_oldest_lease_and_drop_passes_it_by(open_ledger: Callable[..., Ledger]) -> None:

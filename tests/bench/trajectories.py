@@ -20,7 +20,7 @@ from tests.bench.figure import Bar, Figure
 from tests.bench.fleet import Load, sail
 from tests.bench.senders import Order, send_all, send_bare, send_http, send_ours, send_redis
 
-ROUNDS = 5
+ROUNDS = 3
 SECONDS, WARM_S = 3.0, 1.0
 NUM_SENDERS = 4
 WINDOW = 16
