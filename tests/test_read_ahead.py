@@ -10,14 +10,12 @@ import pytest
 
 from common.errors import OperatorError, WaitTimeout
 from common.trajectory import TrajectoryGroup
-from common.wire.codec import encode
-from common.wire.groups import group_frames, group_header, to_blob
 from learner.ledger.history import Composition
 from learner.ledger.leases import GrantedLease
 from learner.rows import Row
 from learner.source import Source
 from learner.step_rows import StepReader, StepRows
-from tests.test_composition import SAMPLE, Bench, bench, group
+from tests.test_composition import SAMPLE, Bench, bench, blob_of, group
 
 __all__ = ["bench", "group"]
 WAIT_S = 10.0
@@ -60,7 +58,7 @@ def lease(made: Bench, count: int) -> list[GrantedLease]:
 
 
 def send(made: Bench, granted: GrantedLease, group: TrajectoryGroup) -> None:
-    made.ledger.commit(granted.lease_id, to_blob(encode(group_header(group), group_frames(group))), SAMPLE)
+    made.ledger.commit(granted.lease_id, blob_of(group), SAMPLE)
 
 
 def same_rows(left: list[Row], right: list[Row]) -> bool:

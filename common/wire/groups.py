@@ -83,7 +83,7 @@ class GroupArrays:
 
 def read_group(header: GroupHeader, frames: Sequence[Buffer], limits: GroupLimits) -> GroupArrays:
     """Views on the frames, checked. Raises WireError."""
-    arrays = _view_arrays(header, frames)
+    arrays = view_arrays(header, frames)
     if len(header.trajectories) != limits.group_size:
         raise WireError(f"group: got {len(header.trajectories)} trajectories, expected {limits.group_size}")
     shortest = min(row.num_tokens for row in header.trajectories)
@@ -96,20 +96,41 @@ def read_group(header: GroupHeader, frames: Sequence[Buffer], limits: GroupLimit
     return arrays
 
 
-def to_blob(frames: Sequence[Buffer]) -> bytes:
-    """One blob, for the journal, of the frames of a message as it came, its header first."""
-    return pack(frames)
+def to_blob(header: Buffer, arrays: GroupArrays) -> bytes:
+    """One blob, for the journal: the header as it came, and half as many bytes as the frames have.
+
+    A mask that is 1 wherever a policy sampled is left out, and versions, of which there are few, are told by runs.
+    """
+    versions = arrays.versions
+    bounds = np.concatenate([[0], np.flatnonzero(versions[1:] != versions[:-1]) + 1, [len(versions)]]).astype("<i4")
+    firsts, runs = versions[bounds[:-1]], bounds[1:] - bounds[:-1]
+    mask = arrays.mask.tobytes()
+    if mask == _plain_mask(versions).tobytes():
+        mask = b""
+    return pack([header, arrays.tokens.tobytes(), arrays.logprobs.tobytes(), mask, firsts.tobytes(), runs.tobytes()])
 
 
 def from_blob(blob: bytes) -> TrajectoryGroup:
     """The group of a blob that was checked before it was written."""
-    frames: list[bytes] = unpack(blob)
-    envelope = decode(frames, max_bytes=len(blob))
-    assert isinstance(envelope.message, GroupHeader)
-    return _view_arrays(envelope.message, envelope.frames).group()
+    header, tokens, logprobs, mask, firsts, runs = unpack(blob)
+    message = decode([header], max_bytes=len(blob)).message
+    assert isinstance(message, GroupHeader)
+    versions = np.repeat(np.frombuffer(firsts, "<i4"), np.frombuffer(runs, "<i4"))
+    return GroupArrays(
+        message,
+        np.frombuffer(tokens, "<i4"),
+        np.frombuffer(logprobs, "<f4"),
+        np.frombuffer(mask, "<f4") if mask else _plain_mask(versions),
+        versions,
+    ).group()
 
 
-def _view_arrays(header: GroupHeader, frames: Sequence[Buffer]) -> GroupArrays:
+def _plain_mask(versions: NDArray[np.int32]) -> NDArray[np.float32]:
+    return (versions != NOT_SAMPLED).astype("<f4")
+
+
+def view_arrays(header: GroupHeader, frames: Sequence[Buffer]) -> GroupArrays:
+    """Of the right sizes, nothing more. Raises WireError."""
     if len(frames) != len(ARRAYS):
         raise WireError(f"group: got {len(frames)} array frames, expected {len(ARRAYS)}")
     num_bytes = 4 * sum(row.num_tokens for row in header.trajectories)

@@ -2,7 +2,7 @@
 
 import hashlib
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 
 DIGEST_BYTES = 8
 

@@ -1,6 +1,7 @@
 """Where groups come in, each in its own process: a learner's front door, and what a user would put in its place."""
 
 import json
+import logging
 import multiprocessing
 import shutil
 import socket
@@ -153,6 +154,7 @@ def opened(door: Callable[..., int], folder: Path, **options: Any) -> Generator[
 
 
 def _serve(door: Callable[..., int], folder: Path, options: dict[str, Any], connection: Connection) -> None:
+    logging.disable(logging.WARNING)  # a fleet that has gone is no news here
     connection.send(door(folder, **options))
     threading.Event().wait()
 

@@ -64,7 +64,7 @@ class Member:
         rate, share = order.groups_per_s, place / order.count
         self._interval_s = 1 / rate if rate else math.inf
         self._stock = min(math.ceil(STOCK_S * rate) + 1, MAX_STOCK) if rate else 0
-        self._asks_at = order.starts_at + ASK_S * share
+        self._asks_at = time.monotonic() + ASK_S * share
         self._delivers_at = order.starts_at + share / rate if rate else math.inf
 
     def act(self, cargos: Iterator[Cargo]) -> None:
