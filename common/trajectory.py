@@ -56,12 +56,17 @@ class TrajectoryGroup:
     @property
     def min_version(self) -> int:
         """Oldest policy version among the group's sampled tokens; its staleness counts from here."""
-        return min(trajectory.min_version for trajectory in self.trajectories)
+        return int(self._sampled_versions.min())
 
     @property
     def num_answer_tokens(self) -> int:
         """Of all K together."""
-        return sum(trajectory.num_answer_tokens for trajectory in self.trajectories)
+        return len(self._sampled_versions)
+
+    @property
+    def _sampled_versions(self) -> NDArray[np.int32]:
+        versions = np.concatenate([trajectory.versions for trajectory in self.trajectories])
+        return versions[versions != NOT_SAMPLED]
 
     @property
     def reward_sum(self) -> float:

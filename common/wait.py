@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from common.errors import WaitTimeout
@@ -34,17 +34,18 @@ class Wait:
         """Something came: the limit counts from now."""
         self._since = self._reported = time.monotonic()
 
-    def check(self, phase: str) -> None:
-        """Log `waiting 12 s for PHASE from WHOM` now and then. Raises WaitTimeout past the limit."""
+    def check(self, phase: str | Callable[[], str]) -> None:
+        """Log `waiting 12 s for PHASE from WHOM` now and then, where a PHASE that takes time to say is asked for only
+        then. Raises WaitTimeout past the limit."""
         now = time.monotonic()
-        if now - self._since > self._limit_s:
-            raise WaitTimeout(
-                f"waited {now - self._since:.0f} s for {phase} from {self._whom}, expected it within "
-                f"{self._limit_s:.0f} s"
-            )
-        if now - self._reported > REPORT_S:
-            log.warning("waiting %.0f s for %s from %s", now - self._since, phase, self._whom)
-            self._reported = now
+        is_over = now - self._since > self._limit_s
+        if not is_over and now - self._reported <= REPORT_S:
+            return
+        what = f"{now - self._since:.0f} s for {phase if isinstance(phase, str) else phase()} from {self._whom}"
+        if is_over:
+            raise WaitTimeout(f"waited {what}, expected it within {self._limit_s:.0f} s")
+        log.warning("waiting %s", what)
+        self._reported = now
 
 
 async def wait_for(

@@ -24,10 +24,12 @@ from common.wire.listener import Listener
 from common.wire.sockets import SocketLimits, reserve_descriptors
 from learner.expert.store import ExpertStore
 from learner.handover import Handover
-from learner.inbox import Door, Inbox, LeaseTerms
-from learner.ledger.ledger import DropReason, Ledger
+from learner.inbox import Inbox, LeaseTerms
+from learner.ledger.leases import DropReason
+from learner.ledger.ledger import Ledger
 from learner.metrics import GuardCollector, RunCollector
 from learner.publisher import Publisher
+from learner.reception import Door
 from learner.recorder import Recorder
 from learner.shaping import Shaping
 from learner.source import Source, Stopped
@@ -179,7 +181,7 @@ class Host:
             is_published=self.publisher.has_published,
             evaluation=self.publisher.evaluation,
             on_evaluation=self.publisher.finish_evaluation,
-            judge=self._why_drop,
+            judge=self._why_drop if config.algorithm.zero_variance == "drop" else None,
             watch=self.watchdog.watch("the learner's inbox", limit_s=config.run.watchdog_s),
         )
         registry = self.recorder.prometheus.registry
@@ -192,9 +194,7 @@ class Host:
         )
 
     def _why_drop(self, group: TrajectoryGroup) -> DropReason | None:
-        if self._config.algorithm.zero_variance == "keep" or self._shaping.has_signal(group):
-            return None
-        return DropReason.ZERO_VARIANCE
+        return None if self._shaping.has_signal(group) else DropReason.ZERO_VARIANCE
 
     @property
     def phase(self) -> str:
@@ -255,6 +255,7 @@ class Host:
 
     def close(self) -> None:
         self._board.close()
+        self.source.close()
         self.inbox.close()
         self.publisher.close()
         self.server.close()
@@ -263,7 +264,7 @@ class Host:
         self.ledger.close()
 
     def _status(self) -> dict[str, Any]:
-        counts = self.ledger.account.counts() if self.phase != "ended" else None
+        counts = self.ledger.tallies.counts() if self.phase != "ended" else None
         return {
             "phase": self.phase,
             "step": self.step,
@@ -271,7 +272,7 @@ class Host:
             "waiting_for": self.source.waiting_for,
             "port": self.port,
             "groups": vars(counts) if counts else {},
-            "dropped": self.ledger.account.dropped() if counts else {},
+            "dropped": self.ledger.tallies.dropped() if counts else {},
             "evaluations_owed": self.publisher.owed_steps,
             "peers": [
                 {

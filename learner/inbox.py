@@ -2,7 +2,7 @@
 
 Consumes messages of peers; waits for nobody; produces committed groups in the ledger. Each round drains what has
 arrived, handles it in one transaction, then replies: many results share one write to disk, and no receipt leaves before
-the commit.
+the commit. While the disk is busy, the next round is received and read.
 """
 
 import logging
@@ -10,20 +10,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import zmq
 
-from common.keys.folder import key_name_of
 from common.trajectory import TrajectoryGroup
 from common.version import Version
 from common.watchdog import Watch
-from common.wire.codec import Buffer, ProtocolMismatch, WireError, decode, encode
+from common.wire.codec import Buffer, ProtocolMismatch, WireError, encode
 from common.wire.connections import Closing
-from common.wire.groups import GroupLimits, read_group, to_blob
-from common.wire.listener import Arrival, Listener
+from common.wire.groups import GroupLimits, to_blob
+from common.wire.listener import Listener
 from common.wire.messages import (
-    ActorState,
     EvaluationResult,
     Goodbye,
     GroupHeader,
@@ -35,24 +32,23 @@ from common.wire.messages import (
     Receipt,
     Refusal,
     Role,
-    Welcome,
     Work,
     WorkRequest,
 )
-from learner.ledger.ledger import DropReason, Ledger, Sample
+from learner.attendance import Attendance
+from learner.intake import Intake, Letter
+from learner.ledger.leases import DropReason
+from learner.ledger.ledger import Ledger, Sample
 from learner.peers import Peer, Peers
+from learner.reception import Door, NotYourName, Reception, check_name
 
 log = logging.getLogger(__name__)
 
-MAX_ROUND = 256
-"""Messages handled under one commit at most."""
 MAX_FAILED_GROUPS = 8
 """Prompts, all different, that one peer may fail on without a good group between them."""
 MAX_REFUSED_GROUPS = 3
 """Of one peer in a row; then it is sent away, so that a broken one does not use up the prompts' leases."""
 POLL_MS = 200
-ABSENCE_S = 1.0
-"""A round that takes longer was not lived through by this thread alone."""
 MAX_SEED = 2**53
 """Seeds of leases lie below it, whatever run.seed is; a message carries no larger number."""
 
@@ -68,24 +64,6 @@ class LeaseTerms:
     lease_s: float
 
 
-@dataclass(frozen=True)
-class Door:
-    """What a newcomer is told, and what it must bring."""
-
-    config_hash: str
-    weights_port: int
-    announcements_port: int
-    max_message_bytes: int
-    max_round_bytes: int
-    """Bytes handled under one commit, but for the last message."""
-    silence_s: float
-    """A peer not heard for longer is gone; another process may have its name."""
-
-
-class NotYourName(Exception):
-    """A peer spoke for another than its key speaks for."""
-
-
 class Inbox:
     """Owns the front door and its thread."""
 
@@ -93,9 +71,9 @@ class Inbox:
         self, listener: Listener, ledger: Ledger, *, door: Door, terms: LeaseTerms, vocab_size: int,
         newest: Callable[[], Version | None], is_published: Callable[[Version], bool],
         evaluation: Callable[[], Version | None], on_evaluation: Callable[[EvaluationResult], Outcome],
-        judge: Callable[[TrajectoryGroup], DropReason | None] = lambda _: None, watch: Watch | None = None,
+        judge: Callable[[TrajectoryGroup], DropReason | None] | None = None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
-        """`judge` says why a valid group is to be dropped all the same."""
+        """`judge` says why a valid group is to be dropped all the same; None: none is."""
         self._listener = listener
         self._ledger = ledger
         self._door = door
@@ -108,17 +86,27 @@ class Inbox:
         self._judge = judge
         self._watch = watch
         self.peers = Peers()
+        self._reception = Reception(door, self.peers, ledger, newest=newest)
+        self._attendance = Attendance(self.peers, ledger, silence_s=door.silence_s, lease_s=terms.lease_s)
         self.refusals = listener.refusals
         """Refused messages by kind of fault."""
-        self.received_bytes = 0
+        self._intake = Intake(
+            listener,
+            max_message_bytes=door.max_message_bytes,
+            max_round_bytes=door.max_round_bytes,
+            limits=self._group_limits,
+        )
         self.grants_leases = False
         """Set when every committed batch has been replayed: only then may new leases and results come."""
         self.is_run_finished = False
         self.failure: Exception | None = None
         """What ended the thread, a disk that is full as a rule; the train loop raises it."""
-        self._here_at = time.monotonic()
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="inbox", daemon=True)
+
+    @property
+    def received_bytes(self) -> int:
+        return self._intake.received_bytes
 
     def start(self) -> None:
         self._thread.start()
@@ -128,19 +116,14 @@ class Inbox:
         self._thread.join(timeout=5)
 
     def _serve(self) -> None:
+        letters: list[Letter] = []
         try:
             while not self._is_closing.is_set():
                 if self._watch:
                     self._watch.beat()
-                self._forgive_own_absence()
-                arrived = self._drain()
-                with self._ledger.transaction():
-                    replies = [reply for arrival in arrived if (reply := self._handle(arrival))]
-                    self._mind_the_silent()
-                for reply in replies:
-                    self._send(reply)
-                for arrival in arrived:
-                    self._listener.settle(arrival)
+                self._attendance.forgive_own_absence()
+                letters += self._intake.collect(0 if letters else POLL_MS)
+                letters = self._handle_round(letters)
         except Exception as error:  # nobody else would notice that the door is shut
             self.failure = error
             with self._ledger.changed:
@@ -150,18 +133,21 @@ class Inbox:
                 self._watch.rest()  # a failure that is stored ends with its own line
             self._listener.close()
 
-    def _drain(self) -> list[Arrival]:
-        arrived: list[Arrival] = []
-        num_bytes, timeout = 0, POLL_MS
-        for _ in range(MAX_ROUND):
-            if num_bytes > self._door.max_round_bytes or not self._listener.poll(timeout):
-                break
-            timeout = 0
-            if arrival := self._listener.receive():
-                num_bytes += arrival.num_bytes
-                arrived.append(arrival)
-        self.received_bytes += num_bytes
-        return arrived
+    def _handle_round(self, letters: list[Letter]) -> list[Letter]:
+        """Answer `letters` once they are on disk; returns what came, and was read, while the disk was busy."""
+        following: list[Letter] = []
+
+        def collect(is_over: Callable[[], bool]) -> None:
+            following.extend(self._intake.collect(0, is_over=is_over))
+
+        with self._ledger.transaction(while_committing=collect):
+            replies = [reply for letter in letters if (reply := self._handle(letter))]
+            self._attendance.mind_the_silent()
+        for reply in replies:
+            self._send(reply)
+        for letter in letters:
+            self._listener.settle(letter.arrival)
+        return following
 
     def _send(self, frames: list[Buffer]) -> None:
         try:
@@ -169,12 +155,13 @@ class Inbox:
         except zmq.ZMQError:
             log.debug("a reply to %s was not delivered: it will ask again", bytes(frames[0]).decode(errors="replace"))
 
-    def _handle(self, arrival: Arrival) -> list[Buffer] | None:
+    def _handle(self, letter: Letter) -> list[Buffer] | None:
         """The reply; None to a peer that is shown out."""
+        arrival, message = letter.arrival, letter.message
         try:
-            envelope = decode(arrival.frames, max_bytes=self._door.max_message_bytes)
-            reply = self._answer(arrival, envelope.message, envelope.frames)
-            request_id = envelope.message.request_id
+            if isinstance(message, WireError):
+                raise message
+            reply, request_id = self._answer(letter, message), message.request_id
         except ProtocolMismatch as error:
             self._listener.refuse("protocol", str(error))
             reply, request_id = Refusal(reason=str(error)[:500], is_final=True), 0
@@ -195,13 +182,14 @@ class Inbox:
         )
         return [arrival.routing_id, *encode(header)]
 
-    def _answer(self, arrival: Arrival, message: Message, frames: Any) -> Message:
+    def _answer(self, letter: Letter, message: Message) -> Message:
         """Raises WireError or NotYourName where the sender is to be shown out."""
+        arrival = letter.arrival
         if not arrival.connection.is_admitted and self._listener.is_full:
             self._listener.refuse("full", "network.max_connections peers are served")
             return Refusal(reason="the learner serves network.max_connections peers already", is_final=False)
         if isinstance(message, Hello):
-            return self._welcome(arrival, message)
+            return self._reception.welcome(arrival, message)
         peer = self.peers.get(arrival.routing_id)
         if peer:
             check_name(arrival, peer.peer_id)
@@ -219,7 +207,7 @@ class Inbox:
                 self._listener.refuse("lease", reason)
                 return Receipt(outcome=Outcome.REFUSED, reason=reason)
             case GroupHeader():
-                return self._commit(peer, message, frames)
+                return self._commit(peer, message, letter)
             case LeaseFailure():
                 return self._fail(peer, message)
             case EvaluationResult() if peer.role is not Role.EVALUATOR or not message.adds_up:
@@ -230,34 +218,6 @@ class Inbox:
                 return self._part(peer, message)
             case _:
                 raise WireError(f"got {type(message).__name__}, expected a request of an actor or evaluator")
-
-    def _welcome(self, arrival: Arrival, hello: Hello) -> Message:
-        check_name(arrival, hello.peer_id)
-        if arrival.routing_id != hello.routing_id:
-            raise WireError(f"hello: got another routing id, expected {hello.peer_id}/SESSION")
-        if hello.config_hash != self._door.config_hash:
-            reason = (
-                f"configuration: {hello.peer_id} has hash {hello.config_hash}, expected {self._door.config_hash}: "
-                "give it the learner's sampling, environment, algorithm, run.seed and eval values"
-            )
-            return Refusal(reason=reason, is_final=True)
-        if found := self.peers.rival_of(hello, silence_s=self._door.silence_s):
-            holder, wanted_s = found
-            is_final = wanted_s > 2 * self._door.silence_s
-            heard = f"{hello.peer_id} was heard {holder.silence_s:.1f} s ago from another process"
-            return Refusal(
-                reason=f"{heard}, expected a --name of its own" if is_final else f"{heard}: not yet", is_final=is_final
-            )
-        is_new = self.peers.get(arrival.routing_id) is None
-        if earlier := self.peers.join(hello, arrival.connection):
-            self._ledger.expire(earlier)
-        if is_new:
-            log.info("%s %s joined (%s engine)", hello.role, hello.peer_id, hello.engine)
-        return Welcome(
-            weights_port=self._door.weights_port,
-            announcements_port=self._door.announcements_port,
-            newest=self._newest(),
-        )
 
     def _work(self, peer: Peer, request: WorkRequest) -> Message:
         self.peers.heard(peer, request)
@@ -285,31 +245,33 @@ class Inbox:
             max_tokens=terms.max_tokens, seed=(terms.seed * 1_000_003 + group_id) * terms.group_size % MAX_SEED,
         )  # fmt: skip
 
-    def _commit(self, peer: Peer, header: GroupHeader, frames: Any) -> Message:
+    def _commit(self, peer: Peer, header: GroupHeader, letter: Letter) -> Message:
         if late := self._ledger.redeliver(header.lease_id):  # it may be of a history that was left behind
             return Receipt(outcome=Outcome.REDELIVERED, reason=late)
-        newest = self._newest()
-        limits = GroupLimits(self._vocab_size, self._terms.group_size, newest.step if newest else 0)
-        try:
-            group = read_group(header, frames, limits)
-        except WireError as error:
+        arrays = letter.group
+        assert arrays, "it is read with its header"
+        if isinstance(arrays, WireError):
             self._ledger.expire_lease(header.lease_id)
-            return self._refuse_group(peer, error)
+            return self._refuse_group(peer, arrays)
         peer.num_refused_groups = 0
         peer.failed_groups.clear()
+        versions = arrays.sampled_versions
+        sample = Sample(
+            min_version=int(versions.min()),
+            num_trajectories=len(header.trajectories),
+            num_answer_tokens=len(versions),
+            reward_sum=arrays.reward_sum,
+            sampling_s=header.sampling_s,
+        )
+        drop = self._judge(arrays.group()) if self._judge else None
         outcome, reason = self._ledger.commit(
-            header.lease_id,
-            to_blob(header, frames),
-            Sample(
-                min_version=group.min_version,
-                num_trajectories=len(group.trajectories),
-                num_answer_tokens=group.num_answer_tokens,
-                reward_sum=group.reward_sum,
-                sampling_s=group.sampling_s,
-            ),
-            drop=self._judge(group),
+            header.lease_id, to_blob(letter.arrival.frames[0], arrays), sample, drop=drop
         )
         return Receipt(outcome=outcome, reason=reason)
+
+    def _group_limits(self) -> GroupLimits:
+        newest = self._newest()
+        return GroupLimits(self._vocab_size, self._terms.group_size, newest.step if newest else 0)
 
     def _refuse_group(self, peer: Peer, error: WireError) -> Message:
         self._listener.refuse("group", f"{peer.peer_id}: {error}")
@@ -339,33 +301,3 @@ class Inbox:
         self._ledger.expire(peer.session)
         log.info("%s left: %s", peer.peer_id, goodbye.reason or "no reason given")
         return Receipt(outcome=Outcome.COMMITTED)
-
-    def _forgive_own_absence(self) -> None:
-        """Where this process was stopped or held up, nobody could be heard: that is nobody's silence."""
-        now = time.monotonic()
-        if (absence_s := now - self._here_at) > ABSENCE_S:
-            for peer in self.peers.all():
-                peer.last_heard = min(now, peer.last_heard + absence_s)
-        self._here_at = now
-
-    def _mind_the_silent(self) -> None:
-        """Say who is gone, and give back the leases of those who stay away."""
-        for peer in self.peers.all():
-            peer.note_bytes()
-        for peer in self.peers.silent(self._door.silence_s):
-            if peer.state is not ActorState.GONE:
-                peer.state = ActorState.GONE
-                log.warning(
-                    "%s is gone: silence of %.1f s, expected a request every second; its leases are issued again in "
-                    "%.0f s", peer.peer_id, peer.silence_s, max(self._terms.lease_s - peer.silence_s, 0),
-                )  # fmt: skip
-        for peer in self.peers.silent(self._terms.lease_s):
-            self.peers.leave(peer)
-            given_back = self._ledger.expire(peer.session)
-            log.warning("%s silent for %.0f s: %d leases given back", peer.peer_id, peer.silence_s, given_back)
-
-
-def check_name(arrival: Arrival, peer_id: str) -> None:
-    """Raises NotYourName."""
-    if arrival.key_name is not None and arrival.key_name != key_name_of(peer_id):
-        raise NotYourName(f"key {arrival.key_name} spoke for {peer_id}, expected {arrival.key_name} or a name below it")

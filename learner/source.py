@@ -1,11 +1,12 @@
 """Where a step's rows come from: groups of the ledger, in lease order, and expert rows, drawn without replacement.
 
 Consumes committed groups and the expert store; waits for actors, within a time limit that names them; is unblocked by
-the inbox; produces a composition, committed before its step, and the rows of it.
+the inbox; produces a composition, committed before its step, and the rows of it. While a step is taken, the rows of the
+next one are read: a batch is cut when its step begins, so the ledger is as it would be without, wherever a run ends.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from common.config.schema import Config, StalenessPolicy
 from common.wait import Wait
@@ -13,6 +14,7 @@ from learner.expert.sampler import draw
 from learner.expert.store import ExpertStore
 from learner.ledger.history import Composition
 from learner.ledger.ledger import Ledger
+from learner.read_ahead import ReadAhead
 from learner.schedule import mu_of
 from learner.step_rows import StepReader, StepRows
 
@@ -38,25 +40,63 @@ class Source:
         self._check = check
         self.waiting_for = ""
         """What the train loop waits for now, in words; empty while it does not wait."""
-        self._has_composed = False
+        self._has_cut = False
+        self._is_paced = config.algorithm.staleness_policy is StalenessPolicy.PACE
         self.waited_s = 0.0
-        """Time that the last step waited for groups."""
+        """Time from asking for the rows of the last step to having them."""
+        self._ahead = ReadAhead(ledger.changed, self._draft, reader.read)
 
     def next_rows(self, step: int) -> StepRows:
         """The rows of `step`: those of its committed composition where there is one (a replay), else newly cut."""
         started = time.monotonic()
-        composition = self._ledger.history.batch(step) or self._compose(step)
+        composition = self._ledger.history.batch(step) or self._cut(step)
+        rows = self._ahead.end()
+        if rows is None or rows.composition != composition:
+            rows = self._reader.read(composition)
         self.waited_s = time.monotonic() - started
-        return self._reader.read(composition)
+        if step + 1 < self._config.learner.num_steps:
+            self._ahead.begin(step + 1)
+        return rows
+
+    def close(self) -> None:
+        """Read no further, so that ledger and store can be closed."""
+        self._ahead.close()
 
     def record_uses(self, composition: Composition) -> None:
         """Note in the expert store which rows the step used."""
         if self._experts and composition.expert_row_ids:
             self._experts.record_uses(self._ledger.run_id, composition.step, composition.expert_row_ids)
 
-    def _compose(self, step: int) -> Composition:
-        trains_on_groups = self._config.algorithm.trains_on_groups and step >= self._config.sft_steps
-        group_ids = self._wait_for_groups(step) if trains_on_groups else []
+    def _cut(self, step: int) -> Composition:
+        """Fix what `step` is made of, before it is taken."""
+        composition = self._compose(step, self._wait_for_groups(step) if self._trains_on_groups(step) else [])
+        self._ledger.commit_batch(composition)
+        self._has_cut = True
+        return composition
+
+    def _draft(self, step: int) -> Composition | None:
+        """What `step` would be made of if it were cut now; None where groups are missing.
+
+        With `pace` that is what it will be made of: no group can come before those that are there without a gap. With
+        `drop` a lease that was passed by may still come first.
+        """
+        if committed := self._ledger.history.batch(step):
+            return committed
+        group_ids: list[int] = []
+        if self._trains_on_groups(step):
+            wanted = self._config.learner.groups_per_step
+            if self._ledger.tallies.count("committed") < wanted:
+                return None
+            group_ids = self._ledger.candidates(step, waits_for_oldest=self._is_paced)
+            if len(group_ids) < wanted:
+                return None
+        return self._compose(step, group_ids)
+
+    def _trains_on_groups(self, step: int) -> bool:
+        return self._config.algorithm.trains_on_groups and step >= self._config.sft_steps
+
+    def _compose(self, step: int, group_ids: Sequence[int]) -> Composition:
+        """These groups, and the expert rows that are next."""
         mean_reward = self._ledger.history.mean_reward(group_ids)
         cursor = self._ledger.history.expert_cursor(step)
         row_ids: list[int] = []
@@ -65,34 +105,30 @@ class Source:
             positions = draw(len(self._row_ids), seed=self._config.run.seed, cursor=cursor, count=count)
             row_ids = [self._row_ids[position] for position in positions]
             cursor += count
-        composition = Composition(step, tuple(group_ids), tuple(row_ids), cursor)
-        self._ledger.commit_batch(composition)
-        self._has_composed = True
-        return composition
+        return Composition(step, tuple(group_ids), tuple(row_ids), cursor)
 
     def _wait_for_groups(self, step: int) -> list[int]:
         """A whole step's worth of groups: a starved queue never makes a step expert-only."""
         learner = self._config.learner
-        limit = learner.group_timeout_s if self._has_composed else learner.start_timeout_s  # engines may still start
+        limit = learner.group_timeout_s if self._has_cut else learner.start_timeout_s  # engines may still start
         wanted = self._config.learner.groups_per_step
-        is_paced = self._config.algorithm.staleness_policy is StalenessPolicy.PACE
         wait, most = Wait("actors", limit_s=limit), -1
         try:
             while True:
                 with self._ledger.changed:
-                    ready = self._ledger.ready(step, waits_for_oldest=is_paced)
+                    ready = self._ledger.ready(step, waits_for_oldest=self._is_paced)
                     if len(ready) == wanted:
                         return ready
-                    if (held := self._ledger.account.counts().committed) != most:
+                    if (held := self._ledger.tallies.count("committed")) != most:
                         most = held
                         wait.progress()
                     self.waiting_for = f"{wanted - len(ready)} of {wanted} groups of step {step + 1}"
                     self._ledger.changed.wait(timeout=0.2)
                 self._check()
-                wait.check(f"{self.waiting_for} ({self._describe_peers()}{self._describe_dropped()})")
+                wait.check(self._describe_wait)
         finally:
             self.waiting_for = ""
 
-    def _describe_dropped(self) -> str:
-        dropped = self._ledger.account.dropped()
-        return f"; dropped so far: {', '.join(f'{count} {why}' for why, count in dropped.items())}" if dropped else ""
+    def _describe_wait(self) -> str:
+        dropped = ", ".join(f"{count} {why}" for why, count in self._ledger.tallies.dropped().items())
+        return f"{self.waiting_for} ({self._describe_peers()}{f'; dropped so far: {dropped}' if dropped else ''})"

@@ -23,7 +23,8 @@ from common.config.schema import Actor, Config
 from common.errors import ConfigError, OperatorError, WaitTimeout
 from common.problems import Split
 from common.trajectory import TrajectoryGroup
-from common.wire.groups import from_blob, group_frames, group_header, to_blob
+from common.wire.codec import encode
+from common.wire.groups import from_blob, group_frames, group_header, to_blob, view_arrays
 from common.wire.messages import Lease
 from learner.batch import build_batch
 from learner.expert.store import ExpertStore, NewRow
@@ -85,12 +86,17 @@ def group(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Traject
             await engine.close()
 
     sampled = asyncio.run(asyncio.wait_for(sample(), 60))
-    return from_blob(to_blob(group_header(sampled), group_frames(sampled)))
+    return from_blob(blob_of(sampled))
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> PolicyModel:
     return load_policy_model(tiny_model, dtype=torch.float32, head_chunk_tokens=64)
+
+
+def blob_of(group: TrajectoryGroup) -> bytes:
+    header, (first, *frames) = group_header(group), encode(group_header(group), group_frames(group))
+    return to_blob(first, view_arrays(header, frames))
 
 
 def row_of(group: TrajectoryGroup, temperature: float) -> Row:
@@ -132,7 +138,7 @@ class Bench:
         """`count` copies of `group`, as many actors would send them."""
         for number in range(count):
             (granted,) = self.ledger.lease(f"a{number}", f"s{number}", capacity=1, serving_step=0, held=())
-            self.ledger.commit(granted.lease_id, to_blob(group_header(group), group_frames(group)), SAMPLE)
+            self.ledger.commit(granted.lease_id, blob_of(group), SAMPLE)
 
 
 def bench_of(config: Config, ledger: Ledger, experts: ExpertStore | None, chat: Chat) -> Bench:

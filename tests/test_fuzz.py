@@ -41,7 +41,7 @@ def check_decoders(frames: list[bytes]) -> str:
         assert isinstance(envelope.message, Message)
         match envelope.message:
             case GroupHeader() as header:
-                group = read_group(header, envelope.frames, LIMITS)
+                group = read_group(header, envelope.frames, LIMITS).group()
                 assert all(np.isfinite(trajectory.logprobs).all() for trajectory in group.trajectories)
             case ManifestReply() as reply:
                 assert isinstance(_read_manifest(reply, envelope.frames), Manifest)

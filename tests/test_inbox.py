@@ -46,9 +46,10 @@ from common.wire.messages import (
     WorkRequest,
 )
 from common.wire.sockets import SocketLimits, open_socket
-from learner.inbox import Door, Inbox, LeaseTerms
+from learner.inbox import Inbox, LeaseTerms
 from learner.ledger.account import GroupCounts
 from learner.ledger.ledger import Ledger
+from learner.reception import Door
 
 MAX_BYTES = 1 << 20
 SILENCE_S = 1.0

@@ -3,6 +3,7 @@
 import random
 import sqlite3
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from common.errors import OperatorError
 from common.wire.messages import Outcome
 from learner.ledger.account import GroupCounts
 from learner.ledger.history import Composition
-from learner.ledger.ledger import MAX_LEASES_PER_GROUP, GrantedLease, Ledger, Sample
+from learner.ledger.leases import MAX_LEASES_PER_GROUP, GrantedLease
+from learner.ledger.ledger import Ledger, Sample
 
 MEMORY = Path("/dev/shm")
 """Where SQLite's syncs cost nothing, if the machine has it."""
@@ -266,6 +268,35 @@ def test_bodies_are_kept_until_every_kept_checkpoint_covers_their_step(
     assert audit(tmp_path / "ledger.sqlite", "SELECT group_id FROM bodies") == [(2,), (3,)]
 
 
+def test_something_else_is_done_while_a_transaction_is_committed(
+    open_ledger: Callable[..., Ledger], tmp_path: Path
+) -> None:
+    ledger, on_disk = open_ledger(groups_per_step=4), "SELECT count(*) FROM bodies"
+    one, two = lease(ledger, capacity=2)
+    seen: list[object] = []
+
+    def look(is_over: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not is_over():
+            assert time.monotonic() < deadline, "not committed within 10 s"
+        seen.extend(audit(tmp_path / "ledger.sqlite", on_disk))
+
+    with ledger.transaction(while_committing=look):
+        pass
+    assert seen == [], "there was nothing to commit"
+    with ledger.transaction(while_committing=look):
+        commit(ledger, one)
+    assert seen == [(1,)]
+
+    def fail(is_over: Callable[[], bool]) -> None:
+        raise ValueError("meanwhile")
+
+    with pytest.raises(ValueError, match="meanwhile"), ledger.transaction(while_committing=fail):
+        commit(ledger, two)
+    assert audit(tmp_path / "ledger.sqlite", on_disk) == [(2,)]
+    assert commit(ledger, two) is Outcome.REDELIVERED
+
+
 def test_pace_waits_for_the_oldest_lease_and_drop_passes_it_by(open_ledger: Callable[..., Ledger]) -> None:
     ledger = open_ledger(groups_per_step=2)
     one, two, three = lease(ledger, capacity=3)
@@ -336,7 +367,7 @@ def test_what_is_no_ledger_of_ours_is_refused(open_ledger: Callable[..., Ledger]
     path.unlink()
     ledger = open_ledger()
     ledger._db.execute("UPDATE facts SET value = '0' WHERE name = 'schema'")
-    with pytest.raises(OperatorError, match=r"got ledger schema 0, expected 3"):
+    with pytest.raises(OperatorError, match=r"got ledger schema 0, expected 4"):
         open_ledger()
 
 
@@ -619,6 +650,18 @@ class LedgerMachine(RuleBasedStateMachine):
         assert counts.trained == self.step * self.G
         (without_reason,) = self.rows("SELECT count(*) FROM audit_groups WHERE (state = 'dropped') != (reason NOTNULL)")
         assert without_reason == (0,)
+
+    @invariant()
+    def the_tallies_are_what_counting_anew_gives(self) -> None:
+        account, tallies = self.ledger.account, self.ledger.tallies
+        assert tallies.counts() == account.counts()
+        assert [tallies.count(state) for state in vars(account.counts())] == [*vars(account.counts()).values()]
+        assert tallies.dropped() == account.dropped()
+        orphans = (
+            "SELECT group_id, prompt_index FROM groups WHERE state = 'leased' AND group_id NOT IN "
+            "(SELECT group_id FROM leases WHERE state = 'active') ORDER BY group_id"
+        )
+        assert tallies.orphans(limit=1 << 62, count=1 << 62) == self.rows(orphans)
 
     @invariant()
     def no_prompt_is_in_two_groups_that_are_not_dropped(self) -> None:

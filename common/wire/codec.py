@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
@@ -83,13 +84,13 @@ def _decode_header(frame: Buffer) -> AnyMessage:
 
 def _check_nesting(header: object) -> None:
     """Level by level, so that no depth costs stack."""
-    level: list[object] = [header]
+    level: list[Any] = [header]
     for _ in range(MAX_NESTING):
-        inner: list[object] = []
-        for container in level:
-            values = cast("dict[str, object]", container).values() if isinstance(container, dict) else container
-            inner += [value for value in cast("Iterable[object]", values) if isinstance(value, dict | tuple)]
-        if not inner:
+        level = [value for value in chain.from_iterable(map(_entries, level)) if isinstance(value, dict | tuple)]
+        if not level:
             return
-        level = inner
     raise WireError(f"header: nested more than {MAX_NESTING} deep, expected less")
+
+
+def _entries(container: Any) -> Iterable[Any]:
+    return cast("dict[str, Any]", container).values() if isinstance(container, dict) else container

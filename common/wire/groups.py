@@ -1,16 +1,20 @@
 """A TrajectoryGroup as a header and four little-endian frames, and back without a copy; as one blob for the journal."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.trajectory import NOT_SAMPLED, Trajectory, TrajectoryGroup
-from common.wire.codec import Buffer, WireError, decode, encode, pack, unpack
+from common.wire.codec import Buffer, WireError, decode, pack, unpack
 from common.wire.messages import GroupHeader, TrajectoryHeader
 
+MAX_LOGPROB = 1e-3
+"""Rounding may lift the log-prob of a certain token above 0."""
 ARRAYS = (("tokens", "<i4"), ("logprobs", "<f4"), ("mask", "<f4"), ("versions", "<i4"))
 
 
@@ -43,71 +47,122 @@ def group_frames(group: TrajectoryGroup) -> list[Buffer]:
     ]
 
 
-def read_group(header: GroupHeader, frames: Sequence[Buffer], limits: GroupLimits) -> TrajectoryGroup:
+@dataclass(frozen=True)
+class GroupArrays:
+    """A group as it travels: each array of all trajectories, one after the other. Views on the frames."""
+
+    header: GroupHeader
+    tokens: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    mask: NDArray[np.float32]
+    versions: NDArray[np.int32]
+
+    @property
+    def sampled_versions(self) -> NDArray[np.int32]:
+        """Policy version of each sampled token."""
+        return self.versions[self.versions != NOT_SAMPLED]
+
+    @property
+    def reward_sum(self) -> float:
+        return sum(row.reward for row in self.header.trajectories)
+
+    def group(self) -> TrajectoryGroup:
+        """The carrier, views on the frames as well."""
+        ends = list(accumulate(row.num_tokens for row in self.header.trajectories))
+        trajectories = tuple(
+            Trajectory(
+                self.tokens[start:end], self.logprobs[start:end], self.mask[start:end], self.versions[start:end],
+                row.reward, row.is_truncated,
+            )
+            for start, end, row in zip([0, *ends], ends, self.header.trajectories, strict=False)
+        )  # fmt: skip
+        return TrajectoryGroup(
+            self.header.lease_id, self.header.num_prompt_tokens, trajectories, self.header.sampling_s
+        )  # fmt: skip
+
+
+def read_group(header: GroupHeader, frames: Sequence[Buffer], limits: GroupLimits) -> GroupArrays:
     """Views on the frames, checked. Raises WireError."""
-    group = _view_group(header, frames)
-    if len(group.trajectories) != limits.group_size:
-        raise WireError(f"group: got {len(group.trajectories)} trajectories, expected {limits.group_size}")
-    for trajectory in group.trajectories:
-        _check_trajectory(trajectory, header.num_prompt_tokens, limits)
-    first = group.trajectories[0].tokens[: header.num_prompt_tokens]
-    if any(not np.array_equal(t.tokens[: header.num_prompt_tokens], first) for t in group.trajectories):
-        raise WireError("group: the prompts of its trajectories differ, expected one prompt")
-    return group
+    arrays = view_arrays(header, frames)
+    if len(header.trajectories) != limits.group_size:
+        raise WireError(f"group: got {len(header.trajectories)} trajectories, expected {limits.group_size}")
+    shortest = min(row.num_tokens for row in header.trajectories)
+    if shortest <= header.num_prompt_tokens:
+        raise WireError(
+            f"trajectory: got {shortest} tokens with a prompt of {header.num_prompt_tokens}, expected an answer"
+        )
+    _check_values(arrays, limits)
+    _check_prompts(arrays)
+    return arrays
 
 
-def to_blob(header: GroupHeader, frames: Sequence[Buffer]) -> bytes:
-    """One blob, for the journal."""
-    return pack([bytes(frame) for frame in encode(header, frames)])
+def to_blob(header: Buffer, arrays: GroupArrays) -> bytes:
+    """One blob, for the journal: the header as it came, and half as many bytes as the frames have.
+
+    A mask that is 1 wherever a policy sampled is left out, and versions, of which there are few, are told by runs.
+    """
+    versions = arrays.versions
+    bounds = np.concatenate([[0], np.flatnonzero(versions[1:] != versions[:-1]) + 1, [len(versions)]]).astype("<i4")
+    firsts, runs = versions[bounds[:-1]], bounds[1:] - bounds[:-1]
+    mask = arrays.mask.tobytes()
+    if mask == _plain_mask(versions).tobytes():
+        mask = b""
+    return pack([header, arrays.tokens.tobytes(), arrays.logprobs.tobytes(), mask, firsts.tobytes(), runs.tobytes()])
 
 
 def from_blob(blob: bytes) -> TrajectoryGroup:
     """The group of a blob that was checked before it was written."""
-    frames: list[bytes] = unpack(blob)
-    envelope = decode(frames, max_bytes=len(blob))
-    assert isinstance(envelope.message, GroupHeader)
-    return _view_group(envelope.message, envelope.frames)
+    header, tokens, logprobs, mask, firsts, runs = unpack(blob)
+    message = decode([header], max_bytes=len(blob)).message
+    assert isinstance(message, GroupHeader)
+    versions = np.repeat(np.frombuffer(firsts, "<i4"), np.frombuffer(runs, "<i4"))
+    return GroupArrays(
+        message,
+        np.frombuffer(tokens, "<i4"),
+        np.frombuffer(logprobs, "<f4"),
+        np.frombuffer(mask, "<f4") if mask else _plain_mask(versions),
+        versions,
+    ).group()
 
 
-def _view_group(header: GroupHeader, frames: Sequence[Buffer]) -> TrajectoryGroup:
+def _plain_mask(versions: NDArray[np.int32]) -> NDArray[np.float32]:
+    return (versions != NOT_SAMPLED).astype("<f4")
+
+
+def view_arrays(header: GroupHeader, frames: Sequence[Buffer]) -> GroupArrays:
+    """Of the right sizes, nothing more. Raises WireError."""
     if len(frames) != len(ARRAYS):
         raise WireError(f"group: got {len(frames)} array frames, expected {len(ARRAYS)}")
-    ends = np.cumsum([row.num_tokens for row in header.trajectories])
-    columns = [
-        np.split(_view_array(frame, dtype, int(ends[-1]), name), ends[:-1])
-        for frame, (name, dtype) in zip(frames, ARRAYS, strict=True)
-    ]
-    trajectories = tuple(
-        Trajectory(tokens, logprobs, mask, versions, row.reward, row.is_truncated)
-        for tokens, logprobs, mask, versions, row in zip(*columns, header.trajectories, strict=True)
-    )
-    return TrajectoryGroup(header.lease_id, header.num_prompt_tokens, trajectories, header.sampling_s)
+    num_bytes = 4 * sum(row.num_tokens for row in header.trajectories)
+    for frame, (name, _) in zip(frames, ARRAYS, strict=True):
+        if len(frame) != num_bytes:
+            raise WireError(f"group.{name}: got {len(frame)} bytes, expected {num_bytes}")
+    return GroupArrays(header, *(np.frombuffer(frame, dtype) for frame, (_, dtype) in zip(frames, ARRAYS, strict=True)))
 
 
-def _view_array(frame: Buffer, dtype: str, num_tokens: int, name: str) -> NDArray[Any]:
-    if len(frame) != 4 * num_tokens:
-        raise WireError(f"group.{name}: got {len(frame)} bytes, expected {4 * num_tokens}")
-    return np.frombuffer(frame, dtype=dtype)
-
-
-def _check_trajectory(trajectory: Trajectory, num_prompt_tokens: int, limits: GroupLimits) -> None:
-    tokens, versions, mask, logprobs = trajectory.tokens, trajectory.versions, trajectory.mask, trajectory.logprobs
-    sampled = versions != NOT_SAMPLED
-    if len(tokens) <= num_prompt_tokens:
-        raise WireError(
-            f"trajectory: got {len(tokens)} tokens with a prompt of {num_prompt_tokens}, expected an answer"
-        )
-    if tokens.min() < 0 or tokens.max() >= limits.vocab_size:
+def _check_values(arrays: GroupArrays, limits: GroupLimits) -> None:
+    """Of all trajectories at once, since a look at each costs ten times as much; NaN fails every comparison."""
+    tokens, logprobs, mask, versions = arrays.tokens, arrays.logprobs, arrays.mask, arrays.versions
+    if not (tokens.min() >= 0 and tokens.max() < limits.vocab_size):
         raise WireError(
             f"trajectory.tokens: got ids {tokens.min()} to {tokens.max()}, expected 0 to {limits.vocab_size - 1}"
         )
-    if not np.isfinite(logprobs).all() or logprobs.max() > 1e-3:
+    if not (logprobs.min() > -math.inf and logprobs.max() <= MAX_LOGPROB):
         raise WireError("trajectory.logprobs: got a value that is no log-prob, expected finite values of at most 0")
-    if not np.isfinite(mask).all() or mask.min() < 0:
+    if not (mask.min() >= 0 and mask.max() < math.inf):
         raise WireError("trajectory.mask: got a negative or non-finite weight, expected finite values of at least 0")
-    if not sampled.any() or sampled[:num_prompt_tokens].any():
-        raise WireError("trajectory.versions: got sampled tokens in the prompt or none at all, expected them after it")
-    if mask[~sampled].any():
+    if mask[versions == NOT_SAMPLED].any():
         raise WireError("trajectory.mask: got loss on tokens that no policy sampled, expected 0 there")
-    if versions[sampled].min() < 0 or versions.max() > limits.max_version:
+    if not (versions.min() >= NOT_SAMPLED and versions.max() <= limits.max_version):
         raise WireError(f"trajectory.versions: got up to {versions.max()}, expected 0 to {limits.max_version}")
+
+
+def _check_prompts(arrays: GroupArrays) -> None:
+    """One prompt, which no policy sampled, and an answer to it in every trajectory."""
+    starts = np.array([0, *accumulate(row.num_tokens for row in arrays.header.trajectories[:-1])])
+    places = starts[:, None] + np.arange(arrays.header.num_prompt_tokens)
+    if arrays.versions[places].max() > NOT_SAMPLED or np.maximum.reduceat(arrays.versions, starts).min() == NOT_SAMPLED:
+        raise WireError("trajectory.versions: got sampled tokens in the prompt or none at all, expected them after it")
+    prompts = arrays.tokens[places]
+    if (prompts != prompts[0]).any():
+        raise WireError("group: the prompts of its trajectories differ, expected one prompt")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sqlite3
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def content_digest(text: bytes) -> str:
 
 
 class ExpertStore:
-    """An expert store, used by the thread that opened it.
+    """An expert store, used by the thread that opened it; `read` and `record_uses` by any.
 
     Every method raises OperatorError, naming the file, where SQLite cannot read or write it.
     """
@@ -105,13 +106,16 @@ class ExpertStore:
     def __init__(self, path: Path, *, create: bool = False) -> None:
         """Open the store at `path`; where there is none, make it if `create`, else raise OperatorError."""
         self.path = path
+        self._lock = threading.RLock()
         if create:
             _make_folder(path)
         elif not path.is_file():
             raise OperatorError(f"{path}: got no such file, expected an expert store (chord-expert import makes one)")
         with self._reporting():
             uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
-            self._db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+            self._db = sqlite3.connect(
+                uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
             try:
                 self._prepare(create=create)
             except BaseException:
@@ -138,7 +142,8 @@ class ExpertStore:
 
     def read(self, row_ids: Iterable[int]) -> list[ExpertRow]:
         """The rows in the order asked for. Raises OperatorError where one is missing or does not match its digest."""
-        return [self._read_one(row_id) for row_id in row_ids]
+        with self._lock:
+            return [self._read_one(row_id) for row_id in row_ids]
 
     def rows(self, *, limit: int = -1) -> Iterator[ExpertRow]:
         """The rows in the order of their ids, at most `limit` unless it is negative; errors as for `read`."""
@@ -251,7 +256,7 @@ class ExpertStore:
     @contextmanager
     def _transaction(self, kind: str = "DEFERRED") -> Iterator[None]:
         """All or nothing."""
-        with self._reporting():
+        with self._lock, self._reporting():
             self._db.execute(f"BEGIN {kind}")
             try:
                 yield

@@ -2,7 +2,8 @@
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class Database:
         self.path = path
         self.lock = threading.RLock()
         self._mark: Mark | None = None
+        self._committer: ThreadPoolExecutor | None = None
         try:
             mode = "ro" if is_read_only else "rwc"
             self._db = sqlite3.connect(
@@ -90,6 +92,11 @@ class Database:
     def _num_transactions(self) -> int:
         return int(self.fact("transactions") or 0)
 
+    def add_temporary(self, script: str) -> None:
+        """Create what is of this connection only; outside of any transaction."""
+        with self.lock:
+            self._db.executescript(script)
+
     def execute(self, query: str, parameters: tuple[object, ...] = ()) -> sqlite3.Cursor:
         return self._db.execute(query, parameters)
 
@@ -118,9 +125,13 @@ class Database:
             return before
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, *, while_committing: Callable[[Callable[[], bool]], None] | None = None) -> Iterator[None]:
         """All of it on disk at its end, or nothing; one inside another is part of that. Raises OperatorError where the
-        disk refuses."""
+        disk refuses.
+
+        `while_committing` runs while the disk is busy; it must not ask the database, and is given a function that tells
+        whether the commit has ended.
+        """
         with self.lock:
             if self._db.in_transaction:
                 yield
@@ -130,7 +141,7 @@ class Database:
                 num_changes = self._db.total_changes
                 yield
                 number = self.increase("transactions") + 1 if self._db.total_changes > num_changes else 0
-                self._db.execute("COMMIT")
+                self._commit(while_committing if number else None)
                 if number and self._mark:
                     self._mark.write(number)
             except BaseException as error:
@@ -142,6 +153,17 @@ class Database:
                         f"{self.path}: {error}, expected free disk space and a writable file"
                     ) from error
                 raise
+
+    def _commit(self, meanwhile: Callable[[Callable[[], bool]], None] | None) -> None:
+        if meanwhile is None:
+            self._db.execute("COMMIT")
+            return
+        self._committer = self._committer or ThreadPoolExecutor(1, thread_name_prefix="commit")
+        committed = self._committer.submit(self._db.execute, "COMMIT")
+        try:
+            meanwhile(committed.done)
+        finally:
+            committed.result()
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -156,6 +178,8 @@ class Database:
     def close(self) -> None:
         with self.lock:
             self._db.close()
+            if self._committer:
+                self._committer.shutdown()
             if self._mark:
                 self._mark.close()
                 self._mark = None

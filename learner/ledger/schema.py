@@ -22,11 +22,8 @@ DIGESTED = {
 
 def row_digest(*values: object) -> bytes:
     """Names a row's content, so that a bit which flipped on disk is noticed."""
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for value in values:
-        digest.update(value if isinstance(value, bytes) else repr(value).encode())
-        digest.update(b"\x1f")
-    return digest.digest()
+    words = [value if isinstance(value, bytes) else repr(value).encode() for value in values]
+    return hashlib.blake2b(b"\x1f".join([*words, b""]), digest_size=DIGEST_BYTES).digest()
 
 
 def _digest(table: str) -> str:
