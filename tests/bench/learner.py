@@ -20,6 +20,7 @@ import torch
 from tests.bench.contender import Contender
 from tests.bench.figure import Bar, Figure
 from tests.bench.group import Shape
+from tests.bench.products import seconds_of_products
 
 MODEL = Path("models/smollm2-135m")
 SHAPES = {Shape(256, 64): Bar(at_least=2.4), Shape(128, 128): Bar(at_least=1.25), Shape(40, 16): Bar(at_least=1.6)}
@@ -46,6 +47,7 @@ def measure(say: Any) -> list[Figure]:
         for shape, bar in SHAPES.items():
             runs = compete(list(peers), shape, Path(folder), say)
             ours = runs["chord"]
+            figures.append(against_limit(ours, shape))
             for name in ("trl", "plain"):
                 figures += compare(ours, runs[name], shape, peers[name], bar if name == "trl" else None)
     return figures
@@ -67,6 +69,15 @@ def compete(names: Sequence[str], shape: Shape, folder: Path, say: Any) -> dict[
             contender.close()
     say(f"{shape}: " + ", ".join(f"{name} {statistics.median(took):.2f} s" for name, took in seconds.items()))
     return {name: Run(seconds[name], ends[name].peak_bytes, ends[name].gradient) for name in names}
+
+
+def against_limit(ours: Run, shape: Shape) -> Figure:
+    limit_s = seconds_of_products(MODEL, shape)
+    conditions = "each product timed alone, just after"
+    return Figure(
+        f"{shape}: time", "s", statistics.median(ours.seconds), "limit: its matrix products", limit_s,
+        conditions=conditions,
+    )  # fmt: skip
 
 
 def compare(ours: Run, theirs: Run, shape: Shape, peer: str, bar: Bar | None) -> list[Figure]:
