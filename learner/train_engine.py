@@ -243,12 +243,12 @@ class TrainEngine:
 
     def save(self, folder: Path) -> None:
         """Write what is trained, optimizer and random states of this rank into `folder`. Every rank must call it."""
-        if self._ranks.is_first:
-            (folder / LAYOUT).write_text(json.dumps(self._layout))
         self._engine.save_checkpoint(
             str(folder), tag="state", client_state={"torch_rng": torch.get_rng_state()}, save_latest=False,
             exclude_frozen_parameters=True,
         )  # fmt: skip
+        if self._ranks.is_first:
+            (folder / LAYOUT).write_text(json.dumps(self._layout))
 
     def close(self) -> None:
         """Free what DeepSpeed took."""
