@@ -49,7 +49,7 @@ class Subscriber:
         self._held = self._client.fetch(version, base=base)
         ended = time.monotonic()
         if before and before.path != self._held.path:
-            before.path.unlink()
+            before.path.unlink(missing_ok=True)  # patched, it has become the new one
         return ended
 
     def _hear(self) -> Version:

@@ -241,29 +241,38 @@ def measure_pause(versions: Versions, folder: Path, say: Say) -> list[Figure]:
 
 
 async def pauses_of(snapshots: Sequence[Snapshot]) -> list[float]:
-    from actors.engine import SamplingParameters
     from actors.engines.vllm import VllmEngine
     from common.chat import Chat
     from common.config.schema import Actor
 
     chat = Chat(MODEL)
     actor = Actor(max_model_tokens=512, num_threads=torch.get_num_threads())  # pyright: ignore
-    # No end token: answers are to last as long as the loads do.
+    # No end token: answers are to be under way at every load.
     engine = VllmEngine(MODEL, actor=actor, vocab_size=chat.vocab_size, end_tokens=frozenset())
     await engine.start()
+    answering: list[asyncio.Task[None]] = []
     try:
         await engine.load(snapshots[0])
         clock = Clock(engine._llm)
-        sampling = SamplingParameters(temperature=1.0, max_tokens=ANSWER_TOKENS)
-        prompt = list(range(100, 140))
-        answers = [asyncio.create_task(engine.sample(prompt, sampling)) for _ in range(NUM_ANSWERS)]
+        answering += [asyncio.create_task(answer_on(engine)) for _ in range(NUM_ANSWERS)]
         for snapshot in snapshots[1:]:
             await asyncio.sleep(2.0)
+            assert engine.num_running > 0
             await engine.load(snapshot)
-        assert all({int(version) for version in (await answer).versions} >= {0, 1, 2} for answer in answers)
         return clock.pauses
     finally:
+        for task in answering:
+            task.cancel()
+        await asyncio.gather(*answering, return_exceptions=True)
         await engine.close()
+
+
+async def answer_on(engine: Any) -> None:
+    """One answer after the other."""
+    from actors.engine import SamplingParameters
+
+    while True:
+        await engine.sample(list(range(100, 140)), SamplingParameters(temperature=1.0, max_tokens=ANSWER_TOKENS))
 
 
 class Clock:
