@@ -14,6 +14,10 @@ from learner.ledger.schema import DIGESTED, SCHEMA_VERSION, TABLES, row_digest
 DISK_ERRORS = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_BUSY")
 
 
+LOG_PAGES = 4096
+"""The log is taken into the file when it is this long: 16 MiB, so that the sync which that takes is rare."""
+
+
 class Database:
     """One connection, safe to share between threads. What a transaction changed is on disk when it ends."""
 
@@ -37,7 +41,9 @@ class Database:
             self._db.create_function("row_digest", -1, row_digest, deterministic=True)
             self._check_pages()
             if not is_read_only:
-                self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + TABLES)
+                self._db.executescript(
+                    f"PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint={LOG_PAGES};" + TABLES
+                )
             if self._has_tables():
                 self._check_rows()
         except sqlite3.Error as error:
