@@ -22,6 +22,7 @@ MAX_STOCK = 512
 JOIN_S = 20.0
 """From the order to the first delivery: everybody has been welcomed by then."""
 SETTLE_S = 3.0
+"""From the first delivery to the measured time."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class FleetOrder:
     groups_per_s: float
     """Of each identity; 0: it only asks."""
     starts_at: float
-    """All times by time.monotonic."""
+    """Of the first delivery; all times by time.monotonic."""
     counts_from: float
     ends_at: float
 
@@ -108,7 +109,7 @@ def sail(door: OpenDoor, num_actors: int, *, groups_per_s: float, seconds: float
     num_processes = min(num_actors, MAX_PROCESSES)
     ends = [num_actors * number // num_processes for number in range(num_processes + 1)]
     with crew(live, num_processes) as links:
-        starts_at = time.monotonic() + JOIN_S * num_actors / 1000 + 1
+        starts_at = time.monotonic() + JOIN_S
         counts_from = starts_at + SETTLE_S
         for link, first, end in zip(links, ends, ends[1:], strict=False):
             rate = groups_per_s / num_actors
@@ -117,4 +118,4 @@ def sail(door: OpenDoor, num_actors: int, *, groups_per_s: float, seconds: float
         before = door.gauge()
         time.sleep(seconds)
         after = door.gauge()
-        return Load(num_actors, sum(answers(links, limit_s=JOIN_S)), seconds, before, after)
+        return Load(num_actors, sum(answers(links, limit_s=60)), seconds, before, after)
