@@ -228,10 +228,11 @@ class Inbox:
         newest = self._newest()
         leases: tuple[Lease, ...] = ()
         if request.serving and self.grants_leases and not self.is_run_finished and self._is_published(request.serving):
+            share = self._ledger.share(self.peers.num_serving)
             granted = self._ledger.lease(
                 peer.peer_id,
                 peer.session,
-                capacity=request.capacity,
+                capacity=min(request.capacity, max(share - len(request.held), 0)),
                 serving_step=request.serving.step,
                 held=request.held,
             )

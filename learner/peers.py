@@ -54,8 +54,9 @@ class Peer:
     serving_step: int | None = None
     """None while it serves no announced weights."""
     labour: Labour = Labour()
-    served_from: tuple[float, WorkRequest] | None = None
-    """When it was first heard to serve a version, and what it said then: an actor may be older than its learner."""
+    served_from: tuple[float, int, float] | None = None
+    """When it was first heard to serve a version, and its sampled tokens and idle seconds then: an actor may be older
+    than its learner."""
     last_heard: float = field(default_factory=time.monotonic)
     num_refused_groups: int = 0
     """Since its last good one."""
@@ -126,12 +127,13 @@ class Peers:
         if peer.role is not Role.ACTOR:
             return
         if request.serving and peer.served_from is None:
-            peer.served_from = peer.last_heard, request
+            peer.served_from = peer.last_heard, request.sampled_tokens, request.idle_s
         if peer.served_from:
-            since, first = peer.served_from
-            peer.labour = Labour(
-                request.sampled_tokens - first.sampled_tokens, peer.last_heard - since, request.idle_s - first.idle_s
-            )
+            since, tokens, idle_s = peer.served_from
+            served_s = peer.last_heard - since
+            idle_s = max(idle_s, request.idle_s - served_s)  # a first request that was sent again tells of earlier
+            peer.served_from = since, tokens, idle_s
+            peer.labour = Labour(request.sampled_tokens - tokens, served_s, request.idle_s - idle_s)
 
     def leave(self, peer: Peer) -> None:
         if self._peers.get(peer.peer_id) is peer:
@@ -148,6 +150,11 @@ class Peers:
 
     def actors(self) -> list[Peer]:
         return [peer for peer in self.all() if peer.role is Role.ACTOR]
+
+    @property
+    def num_serving(self) -> int:
+        """Actors that are there and have weights of the run."""
+        return sum(peer.serving_step is not None and peer.state is not ActorState.GONE for peer in self.actors())
 
     @property
     def labour(self) -> Labour:

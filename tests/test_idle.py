@@ -100,6 +100,18 @@ def test_what_actors_did_before_the_learner_came_is_not_the_learners(clock: Hand
     assert peers.labour == Labour(20, 4.0, 1.0)
 
 
+def test_a_first_report_that_was_sent_again_tells_of_no_more_idle_time_than_has_passed(clock: HandClock) -> None:
+    peers = Peers()
+    peer = join(peers, "a")
+    peers.heard(peer, report(idle_s=3.0))  # made 7 s ago, while the learner was down
+    clock.pass_s(1)
+    peers.heard(peer, report(idle_s=11.0))
+    assert peers.labour == Labour(0, 1.0, 1.0)
+    clock.pass_s(3)
+    peers.heard(peer, report(idle_s=11.5))
+    assert peers.labour == Labour(0, 4.0, 1.5)
+
+
 def test_actors_that_leave_or_start_again_take_nothing_away(clock: HandClock) -> None:
     peers = Peers()
     for session in ("first", "second"):

@@ -79,6 +79,10 @@ class Leases:
                 granted.append(self._grant(group_id, prompt_index, actor_id, session))
             return granted
 
+    def share(self, num_actors: int) -> int:
+        """Leases that one of so many actors may hold: all places at most, so that nobody keeps a newcomer out."""
+        return -(-(self._max_staleness + 1) * self._groups_per_step // max(num_actors, 1))
+
     def _limit(self, serving_step: int) -> int:
         """The last place that may be leased to an actor that serves this version."""
         if serving_step < self._first_step:
