@@ -197,7 +197,7 @@ def test_a_learner_under_hostile_fire_goes_on_and_loses_nothing(
     tiny_model: Path, tmp_path: Path, has_keys: bool
 ) -> None:
     keys = make_keys(tmp_path / "keys") if has_keys else None
-    actor = {"engine": "simulated", "tokens_per_s": 100.0}
+    actor = {"engine": "simulated", "tokens_per_s": 100.0, "max_groups_in_flight": 1}  # leaves leases for thieves
     sections = {"actor": actor, "eval": {"every_steps": 0}, "network": {"keys": str(keys)} if keys else {}}
     site = Site(tmp_path / "site", tiny_model, sections, seed=5 + has_keys)
     try:
