@@ -238,6 +238,20 @@ def test_a_peer_that_agrees_is_welcomed_and_given_work(
     assert [lease.seed for lease in leases] == [2, 4, 6, 8]
 
 
+def test_an_actor_that_holds_its_share_leaves_the_rest_to_others(
+    start: Callable[..., Learner], meet: Callable[..., Peer]
+) -> None:
+    learner = start()
+    first, second = meet(learner, "a"), meet(learner, "b")
+    first.join()
+    second.join()
+    assert second.work() == ()
+    held = first.work(capacity=9)
+    assert len(held) == 2  # of four places, as two serve
+    assert first.work(capacity=9, held=held) == ()
+    assert len(second.work(capacity=9)) == 2
+
+
 def test_another_configuration_is_refused_in_one_line_for_good(
     start: Callable[..., Learner], meet: Callable[..., Peer]
 ) -> None:
