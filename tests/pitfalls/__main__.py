@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.pitfalls.catalogue import BATCH, MODEL, PITFALLS, ROWS, SCHEMA, STEP, Pitfall
+from tests.pitfalls.catalogue import BATCH, HEAD, PITFALLS, ROWS, SCHEMA, STEP, Pitfall
 
 HOUSE = Path(__file__).parents[2]
 COPIED = ("actors", "common", "learner", "tests", "pyproject.toml")
@@ -32,7 +32,7 @@ def maths_tests(file: str) -> tuple[str, ...]:
     """The tests that look at the numbers of a step, as far as `file` can change them."""
     if file.startswith("learner/objective/"):
         return OBJECTIVE
-    if file in (STEP, MODEL, BATCH, ROWS):
+    if file in (STEP, HEAD, BATCH, ROWS):
         return STEPS
     return CONFIG if file == SCHEMA else COMPOSITION
 
