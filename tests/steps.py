@@ -204,3 +204,15 @@ def random_rows(
 
     groups = [row(int(numbers.integers(2, 5)), is_expert=False) for _ in range(num_groups)]
     return groups + [row(1, is_expert=True) for _ in range(num_experts)]
+
+
+def check_restores_to_the_bit(engine: TrainEngine, other: TrainEngine, ranks: Ranks, folder: Path) -> None:
+    """What `engine` saves makes `other` the same, and its next step the same."""
+    take_steps(engine, ranks, some_rows(), count=2)
+    engine.save(folder)
+    saved = engine.parameters_hash()
+    take_steps(engine, ranks, some_rows(), count=1)
+    other.restore(folder)
+    assert other.parameters_hash() == saved != engine.parameters_hash()
+    take_steps(other, ranks, some_rows(), count=1)
+    assert other.parameters_hash() == engine.parameters_hash()

@@ -1,6 +1,7 @@
 """How many groups an actor works on at a time: a limit that rises while its engine has room, and falls where not."""
 
 from collections import deque
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -36,27 +37,30 @@ ends = st.tuples(
 )
 
 
-@given(most=st.integers(0, 40), ends=st.lists(ends, max_size=60))
-def test_whatever_happens_the_limit_stays_between_one_and_what_is_allowed(
-    most: int, ends: list[tuple[Pressure, bool]]
-) -> None:
+def limits(most: int, ends: list[tuple[Pressure, bool]]) -> Iterator[tuple[int, int, Pressure, bool]]:
+    """Before and after each end of a group, with what was seen at it."""
     concurrency = Concurrency(most)
     for pressure, granted in ends:
         before = concurrency.limit
         turn(concurrency, pressure, num_groups=before, granted=granted)
-        assert before // 2 <= concurrency.limit <= before + 1
-        assert 1 <= concurrency.limit <= (most or MAX_LEASES)
+        yield before, concurrency.limit, pressure, granted
+
+
+@given(most=st.integers(0, 40), ends=st.lists(ends, max_size=60))
+def test_whatever_happens_the_limit_stays_between_one_and_what_is_allowed(
+    most: int, ends: list[tuple[Pressure, bool]]
+) -> None:
+    for before, after, _, _ in limits(most, ends):
+        assert before // 2 <= after <= before + 1
+        assert 1 <= after <= (most or MAX_LEASES)
 
 
 @given(most=st.integers(0, 40), ends=st.lists(ends, max_size=60))
 def test_it_never_rises_where_answers_wait_or_the_learner_has_no_work(
     most: int, ends: list[tuple[Pressure, bool]]
 ) -> None:
-    concurrency = Concurrency(most)
-    for pressure, granted in ends:
-        before = concurrency.limit
-        turn(concurrency, pressure, num_groups=before, granted=granted)
-        assert concurrency.limit <= before or (granted and pressure.waiting_frac == 0)
+    for before, after, pressure, granted in limits(most, ends):
+        assert after <= before or (granted and pressure.waiting_frac == 0)
 
 
 def test_it_doubles_each_round_until_it_first_falls() -> None:

@@ -31,7 +31,7 @@ from learner.ranks import Ranks
 from learner.trainer import Trainer
 from tests.rank_steps import KINDS, Kind
 from tests.runs import LocalRun, audit, import_experts, read_lines, read_summary, run_module, write_config
-from tests.steps import CPU, LORA, make_engine, make_policy, some_rows, take_steps
+from tests.steps import CPU, LORA, check_restores_to_the_bit, make_engine, make_policy, some_rows, take_steps
 from tests.tiny_model import make_tiny_model
 
 WITH_LORA = [kind for kind in KINDS if kind.lora]
@@ -136,14 +136,7 @@ def test_a_checkpoint_holds_adapters_and_restores_the_run_to_the_bit(
     kind: Kind, base: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
     engine, other = (make_engine(base, ranks, **kind.options) for _ in range(2))
-    take_steps(engine, ranks, some_rows(), count=2)
-    engine.save(tmp_path)
-    saved = engine.parameters_hash()
-    take_steps(engine, ranks, some_rows(), count=1)
-    other.restore(tmp_path)
-    assert other.parameters_hash() == saved != engine.parameters_hash()
-    take_steps(other, ranks, some_rows(), count=1)
-    assert other.parameters_hash() == engine.parameters_hash()
+    check_restores_to_the_bit(engine, other, ranks, tmp_path)
 
 
 def test_the_export_is_the_merged_policy_as_a_plain_folder(base: Path, tmp_path: Path) -> None:
