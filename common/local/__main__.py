@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from common.local.progress import Progress, describe_summary
 from common.local.supervisor import Supervisor
 from common.model_folder import require_model_folder
 from common.run_dir import RunDir
+from common.wire.ports import free_ports, is_free
 
 app = new_command("A whole CHORD run on this machine: learner, actors and evaluator as processes.")
 
@@ -73,16 +73,11 @@ def steps_done(run_dir: RunDir) -> int:
 
 def with_port(config: Config) -> Config:
     """The configuration with a front door for the learner; 0 becomes a free port of the moment."""
-    port = config.network.port
-    with socket.socket() as probe:
-        try:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((config.network.host, port))
-        except OSError as error:
-            raise OperatorError(
-                f"network.port: {config.network.host}:{port} is taken ({error.strerror}), expected a free port"
-            ) from error
-        network = config.network.model_copy(update={"port": probe.getsockname()[1]})
+    network = config.network
+    if network.port == 0:
+        network = network.model_copy(update={"port": free_ports(1, network.host)[0]})
+    elif not is_free(network.host, network.port):
+        raise OperatorError(f"network.port: {network.host}:{network.port} is taken, expected a free port")
     return config.model_copy(update={"network": network})
 
 

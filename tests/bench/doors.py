@@ -4,7 +4,6 @@ import json
 import logging
 import multiprocessing
 import shutil
-import socket
 import sqlite3
 import subprocess
 import threading
@@ -25,6 +24,7 @@ from common.version import Version
 from common.wire.connections import MAX_NEWCOMERS, Bounds
 from common.wire.listener import Listener
 from common.wire.messages import Outcome
+from common.wire.ports import free_ports
 from common.wire.sockets import SocketLimits, reserve_descriptors
 from learner.inbox import Inbox, LeaseTerms
 from learner.ledger.ledger import Ledger, Sample
@@ -164,7 +164,7 @@ def opened_redis(folder: Path) -> Generator[OpenDoor]:
     """A Redis server that syncs its log before it acknowledges."""
     import redis
 
-    port = _free_port()
+    port = free_ports(1, "127.0.0.1")[0]
     settings = {
         "port": port, "bind": "127.0.0.1", "dir": folder, "save": "", "appendonly": "yes", "appendfsync": "always",
         "auto-aof-rewrite-percentage": 0, "daemonize": "no",
@@ -198,9 +198,3 @@ def redis_server() -> str:
 def redis_version() -> str:
     words = subprocess.run([redis_server(), "--version"], capture_output=True, text=True, check=True).stdout.split()
     return next(word.removeprefix("v=") for word in words if word.startswith("v="))
-
-
-def _free_port() -> int:
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        return int(some.getsockname()[1])

@@ -2,9 +2,7 @@
 
 import json
 import os
-import random
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from common.wire.ports import free_ports
 from tests.chaos.ends import Ends
 from tests.chaos.proxy import Proxy
 from tests.chaos.shim import Control, Shim
@@ -42,7 +41,7 @@ class Site:
         self.folder = folder
         self.run_dir = folder / "run"
         folder.mkdir(parents=True)
-        ports = _free_ports(random.Random(seed))
+        ports = free_ports(3, LEARNER_HOST, *FAR_HOSTS)
         self.ports = tuple(ports)
         """Front door, weights, announcements."""
         network = {"port": ports[0], "weights_port": ports[1], "announcements_port": ports[2]}
@@ -293,19 +292,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-
-
-def _free_ports(chance: random.Random, count: int = 3) -> list[int]:
-    """Below the range that outgoing connections take theirs from, free on every loopback address in use."""
-    found: list[int] = []
-    while len(found) < count:
-        port = chance.randrange(20000, 32000)
-        try:
-            for host in (LEARNER_HOST, *FAR_HOSTS):
-                with socket.socket() as probe:
-                    probe.bind((host, port))
-        except OSError:
-            continue
-        if port not in found:
-            found.append(port)
-    return found
