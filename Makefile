@@ -7,11 +7,12 @@ MODEL := models/smollm2-135m
 DEMO := deploy/recipes/demo.toml
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: help demo test check fix pitfalls chaos soak bench
+.PHONY: help demo test test-deploy check fix pitfalls chaos soak bench
 
 help:
 	@echo "make demo   train SmolLM2-135M to add and subtract, from nothing to a summary"
-	@echo "make test   every test"
+	@echo "make test   every test but those of deploy/"
+	@echo "make test-deploy  the units, manifests, dashboards and alerts of deploy/, by the tools that operators use"
 	@echo "make check  format, lint and types"
 	@echo "make fix    format and mend what can be mended"
 	@echo "make pitfalls  plant every known mistake of CHORD implementations in a copy; the tests must notice each"
@@ -25,6 +26,14 @@ demo: $(READY) $(MODEL)/config.json
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-deploy: $(READY) .tools/.ready
+	$(BIN)/python -m pytest tests/deploy
+
+.tools/.ready: $(wildcard tests/deploy/tools.sh tests/deploy/debian.txt tests/deploy/requirements.txt tests/deploy/package.json)
+	@echo "installing the tools of make test-deploy (a few minutes, once)"
+	@tests/deploy/tools.sh .tools
+	@touch .tools/.ready
 
 check: $(READY)
 	$(BIN)/ruff format --check

@@ -1,0 +1,26 @@
+#!/bin/sh
+# Installs the tools of `make test-deploy` into the folder $1: Debian's packages on the system, the others into that folder.
+set -eu
+here=$(dirname "$0")
+tools=$1
+
+missing=""
+while read -r package; do
+    dpkg-query --show --showformat='${Status}' "$package" 2>/dev/null | grep -q "ok installed" || missing="$missing $package"
+done < "$here/debian.txt"
+if [ -n "$missing" ]; then
+    as_root=""
+    [ "$(id -u)" = 0 ] || as_root=sudo
+    echo "installing Debian's packages:$missing"
+    $as_root apt-get update --quiet=2
+    # No service is started: only the programs are wanted.
+    # shellcheck disable=SC2086
+    $as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install --quiet=2 --yes --no-install-recommends $missing > /dev/null
+fi
+
+python3 -m venv "$tools/python"
+"$tools/python/bin/python" -m pip install --quiet --requirement "$here/requirements.txt"
+
+mkdir -p "$tools/node"
+cp "$here/package.json" "$tools/node/"
+npm install --silent --no-audit --no-fund --prefix "$tools/node"
