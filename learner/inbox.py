@@ -202,14 +202,8 @@ class Inbox:
                 return Refusal(reason="the learner replays its last steps", is_final=False)
             case WorkRequest():
                 return self._work(peer, message)
-            case GroupHeader() | LeaseFailure() if not self._ledger.was_issued_to(message.lease_id, peer.peer_id):
-                reason = f"lease {message.lease_id} was not issued to {peer.peer_id}"
-                self._listener.refuse("lease", reason)
-                return Receipt(outcome=Outcome.REFUSED, reason=reason)
-            case GroupHeader():
-                return self._commit(peer, message, letter)
-            case LeaseFailure():
-                return self._fail(peer, message)
+            case GroupHeader() | LeaseFailure():
+                return self._take(peer, message, letter)
             case EvaluationResult() if peer.role is not Role.EVALUATOR or not message.adds_up:
                 raise WireError("got an evaluation that no evaluator makes")
             case EvaluationResult():
@@ -246,9 +240,21 @@ class Inbox:
             max_tokens=terms.max_tokens, seed=(terms.seed * 1_000_003 + group_id) * terms.group_size % MAX_SEED,
         )  # fmt: skip
 
+    def _take(self, peer: Peer, result: GroupHeader | LeaseFailure, letter: Letter) -> Message:
+        """What became of a lease, from whom it was issued to."""
+        standing = self._ledger.standing(result.lease_id)
+        if standing is None or standing.actor_id != peer.peer_id:
+            reason = f"lease {result.lease_id} was not issued to {peer.peer_id}"
+            self._listener.refuse("lease", reason)
+            return Receipt(outcome=Outcome.REFUSED, reason=reason)
+        if isinstance(result, LeaseFailure):
+            return self._fail(peer, result)
+        if standing.state != "leased":  # it may be of a history that was left behind
+            reason = self._ledger.note_late(result.lease_id, standing)
+            return Receipt(outcome=Outcome.REDELIVERED, reason=reason)
+        return self._commit(peer, result, letter)
+
     def _commit(self, peer: Peer, header: GroupHeader, letter: Letter) -> Message:
-        if late := self._ledger.redeliver(header.lease_id):  # it may be of a history that was left behind
-            return Receipt(outcome=Outcome.REDELIVERED, reason=late)
         arrays = letter.group
         assert arrays, "it is read with its header"
         if isinstance(arrays, WireError):

@@ -165,9 +165,8 @@ def test_a_lease_that_was_never_issued_is_refused(open_ledger: Callable[..., Led
     ledger = open_ledger()
     (one,) = lease(ledger, "a")
     assert ledger.commit("1.beef", b"", Sample(0, 2, 20, 1.0, 0.5))[0] is Outcome.REFUSED
-    assert ledger.was_issued_to(one.lease_id, "a")
-    assert not ledger.was_issued_to(one.lease_id, "b")
-    assert not ledger.was_issued_to("1.beef", "a")
+    assert ledger.standing(one.lease_id) == (1, "a", "leased")
+    assert ledger.standing("1.beef") is None
 
 
 @pytest.mark.parametrize("how", ["silence", "failure"])

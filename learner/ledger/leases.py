@@ -75,9 +75,25 @@ class Leases:
             )  # fmt: skip
             granted = [GrantedLease(*row) for row in active if row[0] not in known][:capacity]
             limit = self._limit(serving_step)
-            for group_id, prompt_index in self._leasable(limit, capacity - len(granted)):
-                granted.append(self._grant(group_id, prompt_index, actor_id, session))
-            return granted
+            orphans = self.tallies.orphans(limit, capacity - len(granted))
+            self._db.executemany(
+                "UPDATE groups SET actor_id = ?, num_leases = num_leases + 1 WHERE group_id = ?",
+                [(actor_id, group_id) for group_id, _ in orphans],
+            )
+            fresh = self._next_groups(limit, capacity - len(granted) - len(orphans))
+            self._db.executemany(
+                "INSERT INTO groups (group_id, prompt_index, actor_id, state, num_leases) VALUES (?, ?, ?, 'leased', 1)",
+                [(group_id, prompt_index, actor_id) for group_id, prompt_index in fresh],
+            )
+            new = [
+                GrantedLease(f"{group_id}.{uuid.uuid4().hex[:12]}", group_id, prompt_index)
+                for group_id, prompt_index in (*orphans, *fresh)
+            ]
+            self._db.executemany(
+                "INSERT INTO leases VALUES (?, ?, ?, ?, 'active')",
+                [(lease.lease_id, lease.group_id, actor_id, session) for lease in new],
+            )
+            return granted + new
 
     def share(self, num_actors: int) -> int:
         """Leases that one of so many actors may hold: all places at most, so that nobody keeps a newcomer out."""
@@ -90,16 +106,13 @@ class Leases:
         num_steps = serving_step - self._first_step + self._max_staleness + 1
         return min(num_steps * self._groups_per_step, self._most_groups)
 
-    def _leasable(self, limit: int, count: int) -> list[tuple[int, int]]:
-        """Groups without an active lease whose place is within `limit`, then new ones; (group_id, prompt_index)."""
+    def _next_groups(self, limit: int, count: int) -> list[tuple[int, int]]:
+        """Up to `count` new groups whose place is within `limit`, each with its prompt."""
         if count <= 0:
             return []
-        orphans = self.tallies.orphans(limit, count)
         last = self._db.count("SELECT coalesce(max(group_id), 0) FROM groups")
-        num_new = max(0, min(count - len(orphans), limit - (last - self.tallies.count("dropped"))))
-        fresh = list(enumerate(self._next_prompts(num_new), start=last + 1))
-        self._db.executemany("INSERT INTO groups (group_id, prompt_index, state) VALUES (?, ?, 'leased')", fresh)
-        return [*orphans, *fresh]
+        num_new = max(0, min(count, limit - (last - self.tallies.count("dropped"))))
+        return list(enumerate(self._next_prompts(num_new), start=last + 1))
 
     def _next_prompts(self, count: int) -> list[int]:
         """Prompts that a rewind returned, then the next ones of the training split."""
@@ -113,14 +126,6 @@ class Leases:
         num_new = count - len(returned)
         first = self._db.increase("next_prompt", by=num_new) if num_new else 0
         return [*returned, *range(first, first + num_new)]
-
-    def _grant(self, group_id: int, prompt_index: int, actor_id: str, session: str) -> GrantedLease:
-        lease_id = f"{group_id}.{uuid.uuid4().hex[:12]}"
-        self._db.execute("INSERT INTO leases VALUES (?, ?, ?, ?, 'active')", (lease_id, group_id, actor_id, session))
-        self._db.execute(
-            "UPDATE groups SET actor_id = ?, num_leases = num_leases + 1 WHERE group_id = ?", (actor_id, group_id)
-        )
-        return GrantedLease(lease_id, group_id, prompt_index)
 
     def expire(self, session: str) -> int:
         """Give back the active leases of `session`; returns how many."""
@@ -168,15 +173,11 @@ class Leases:
                 [(lease_id, session) for lease_id in lease_ids if lease_id not in active],
             )
 
-    def was_issued_to(self, lease_id: str, actor_id: str) -> bool:
-        """Whether `actor_id` was ever granted this lease."""
+    def standing(self, lease_id: str) -> Standing | None:
+        """Of a lease that was issued; None of any other."""
         with self._db.lock:
-            standing = self._standing(lease_id)
-        return standing is not None and standing.actor_id == actor_id
-
-    def _standing(self, lease_id: str) -> Standing | None:
-        row = self._db.execute(
-            "SELECT group_id, leases.actor_id, groups.state FROM leases JOIN groups USING (group_id) "
-            "WHERE lease_id = ?", (lease_id,),
-        ).fetchone()  # fmt: skip
+            row = self._db.execute(
+                "SELECT group_id, leases.actor_id, groups.state FROM leases JOIN groups USING (group_id) "
+                "WHERE lease_id = ?", (lease_id,),
+            ).fetchone()  # fmt: skip
         return Standing(*row) if row else None

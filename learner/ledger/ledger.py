@@ -93,13 +93,8 @@ class Ledger(Leases):
 
     # Results
 
-    def redeliver(self, lease_id: str) -> str | None:
-        """Why a result of this lease comes too late, which is noted; None where it does not."""
-        with self._db.lock:
-            standing = self._standing(lease_id)
-        return None if standing is None or standing.state == "leased" else self._note_late(lease_id, standing)
-
-    def _note_late(self, lease_id: str, standing: Standing) -> str:
+    def note_late(self, lease_id: str, standing: Standing) -> str:
+        """Note that a result came for a group that is leased no more; returns why it comes too late."""
         with self._db.transaction():
             self._db.execute(
                 "UPDATE leases SET state = 'fulfilled' WHERE lease_id = ? AND state = 'active'", (lease_id,)
@@ -115,11 +110,11 @@ class Ledger(Leases):
         With `drop` it is acknowledged, and dropped: another prompt takes its place.
         """
         with self._db.transaction():
-            standing = self._standing(lease_id)
+            standing = self.standing(lease_id)
             if standing is None:
                 return Outcome.REFUSED, f"lease {lease_id} was never issued"
             if standing.state != "leased":
-                return Outcome.REDELIVERED, self._note_late(lease_id, standing)
+                return Outcome.REDELIVERED, self.note_late(lease_id, standing)
             if drop is None:
                 self._db.execute("INSERT INTO bodies VALUES (?, ?)", (standing.group_id, body))
             self._db.execute(

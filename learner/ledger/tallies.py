@@ -71,7 +71,7 @@ class Tallies:
     def orphans(self, limit: int, count: int) -> list[tuple[int, int]]:
         """Up to `count` leased groups without an active lease, oldest first, whose place is within `limit`; each with
         its prompt."""
-        if count == 0:
+        if count <= 0:
             return []
         query = (
             "SELECT group_id, prompt_index FROM orphans JOIN groups AS g USING (group_id) WHERE group_id - ? + "

@@ -172,7 +172,7 @@ class LedgerWriter:
     def _doubt(ledger: Any, words: list[str]) -> str:
         match words:
             case ["leased", lease_id]:
-                return "" if ledger.was_issued_to(lease_id, "a") else f"lease {lease_id} is gone"
+                return "" if ledger.standing(lease_id) else f"lease {lease_id} is gone"
             case ["committed", lease_id]:
                 (body,) = ledger.history.bodies([int(lease_id.partition(".")[0])])
                 return "" if body == _body(lease_id) else f"the body of {lease_id} is another"
