@@ -212,10 +212,12 @@ class Host:
         self.watchdog.ready()
 
     def check_for_end(self) -> None:
-        """Raises what must end a wait: a failed ledger, or the wish to stop. Called all through a wait."""
+        """Raises what must end a wait: a failed ledger or publication, or the wish to stop. Called all through a
+        wait."""
         self._watch.beat()
         if self.inbox.failure:
             raise self.inbox.failure
+        self.publisher.check()
         if self.is_stopping.is_set():
             raise Stopped
 

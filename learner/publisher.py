@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -27,6 +27,7 @@ from learner.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 0.1
 CLOSE_S = 30.0
 """Longest wait at the end of a failed run for the publication under way."""
 MAX_OWED = 3
@@ -38,15 +39,23 @@ class Publication:
     """A version on its way to the actors."""
 
     step: int
-    snapshot: Future[Snapshot]
+    patience: Wait
+    """With the disk, from the begin of it."""
+    snapshot: Future[Snapshot] = field(default_factory=Future[Snapshot])
     """There once it has been announced, where it is to be."""
 
-    def wait(self, limit_s: float) -> Snapshot:
-        wait = Wait("the disk", limit_s=limit_s)
+    def check(self) -> None:
+        """Raises what went wrong with it, WaitTimeout where it takes too long."""
+        if self.snapshot.done():
+            self.snapshot.result()
+        else:
+            self.patience.check(f"version {self.step} to be written and announced")
+
+    def wait(self) -> Snapshot:
         while not self.snapshot.done():
-            wait.check(f"version {self.step} to be written and announced")
+            self.check()
             with suppress(TimeoutError):
-                self.snapshot.exception(timeout=min(limit_s, 1.0))
+                self.snapshot.exception(timeout=LOOK_S)
         return self.snapshot.result()
 
 
@@ -98,7 +107,7 @@ class Publisher:
         """
         if self._publication:
             self.settle()
-        self._publication = Publication(step, Future())
+        self._publication = Publication(step, Wait("the disk", limit_s=self._timeout_s))
         thread = threading.Thread(
             target=self._run,
             args=(self._publication, tensors),
@@ -115,13 +124,19 @@ class Publisher:
         on record; WaitTimeout where it takes too long.
         """
         assert self._publication, "settle before publish"
-        return self._publication.wait(self._timeout_s)
+        return self._publication.wait()
+
+    def check(self) -> None:
+        """Raises what went wrong with the last version that was begun: whoever waits for groups that are to be sampled
+        with it would wait in vain."""
+        if self._publication:
+            self._publication.check()
 
     def close(self) -> None:
         """Let a publication under way come to its end, whatever that is."""
         if self._publication:
             with suppress(Exception):
-                self._publication.wait(CLOSE_S)
+                self._publication.snapshot.exception(CLOSE_S)
 
     def _run(self, publication: Publication, tensors: Mapping[str, Tensor], **how: bool) -> None:
         try:

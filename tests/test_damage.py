@@ -41,7 +41,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
         for name in ("ledger.sqlite", "ledger.sqlite-wal"):
             shutil.copy(folder / "live" / name, template / name)
         for extra in (folder / "live").glob("ledger*"):
-            if not extra.name.startswith("ledger.sqlite"):
+            if extra.is_dir():
+                shutil.copytree(extra, template / extra.name)
+            elif not extra.name.startswith("ledger.sqlite"):
                 shutil.copy(extra, template / extra.name)
     CheckpointWriter(folder / "checkpoints")
     shutil.copytree(folder / "checkpoints" / "template", template / "checkpoints")
@@ -97,6 +99,7 @@ LOOKS: dict[str, Callable[[Path], object]] = {
     "ledger.sqlite": open_ledger,
     "ledger.sqlite-wal": open_ledger,
     "ledger.mark": open_ledger,
+    "ledger.bodies/00000002.bin": open_ledger,
     "expert.sqlite": read_experts,
     "checkpoints/newest": newest_good_step,
     "metrics.jsonl": restored_lines,
@@ -143,4 +146,5 @@ def test_a_ledger_that_is_refused_is_left_as_it_was_found(name: str, run_dir: Pa
 
 def ledger_files(folder: Path) -> dict[str, bytes]:
     """All but the index of the log, which is made anew at every opening."""
-    return {path.name: path.read_bytes() for path in folder.glob("ledger.*") if not path.name.endswith("-shm")}
+    files = [path for path in folder.glob("ledger.*") if path.is_file() and not path.name.endswith("-shm")]
+    return {path.name: path.read_bytes() for path in files}

@@ -50,6 +50,7 @@ from learner.inbox import Inbox, LeaseTerms
 from learner.ledger.account import GroupCounts
 from learner.ledger.ledger import Ledger
 from learner.reception import Door
+from tests.runs import files_of_at_most
 
 MAX_BYTES = 1 << 20
 SILENCE_S = 1.0
@@ -311,13 +312,14 @@ def test_a_frame_above_the_limit_costs_the_sender_its_connection_and_nobody_else
 def test_what_has_a_receipt_is_on_disk(
     start: Callable[..., Learner], meet: Callable[..., Peer], tmp_path: Path
 ) -> None:
-    peer = meet(start())
+    learner = start()
+    peer = meet(learner)
     peer.join()
     (lease,) = peer.work(capacity=1)
     assert peer.deliver(lease, seed=3).outcome is Outcome.COMMITTED
     query = "SELECT lease_id, actor_id, state, min_version, num_trajectories FROM audit_groups"
     assert audit(tmp_path, query) == [(lease.lease_id, "a", "committed", 0, 2)]
-    group = from_blob(audit(tmp_path, "SELECT body FROM bodies")[0][0])
+    group = from_blob(learner.ledger.history.bodies([1])[0])
     assert group.lease_id == lease.lease_id
     assert np.array_equal(group.trajectories[1].tokens, make_group("", seed=3).trajectories[1].tokens)
 
@@ -626,13 +628,12 @@ def test_a_full_disk_closes_the_door_and_tells_the_train_loop(
     peer = meet(learner)
     peer.join()
     (lease,) = peer.work(capacity=1)
-    num_pages = learner.ledger._db.execute("PRAGMA page_count").fetchone()[0]
-    learner.ledger._db.execute(f"PRAGMA max_page_count = {num_pages}")
-    group = make_group(lease.lease_id, num_answer_tokens=5000)
-    peer.send(group_header(group), group_frames(group))
-    failure = wait_for_failure(learner)
+    group = make_group(lease.lease_id, num_answer_tokens=25_000)
+    with files_of_at_most(256 << 10):
+        peer.send(group_header(group), group_frames(group))
+        failure = wait_for_failure(learner)
     assert isinstance(failure, OperatorError)
-    assert "disk is full, expected free disk space" in str(failure)
+    assert "File too large, expected free disk space" in str(failure)
     assert not peer.socket.poll(0)
     assert learner.ledger.account.counts() == GroupCounts(leased=1)
 

@@ -16,10 +16,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from common.errors import OperatorError
 from common.wire.messages import Outcome
+from learner.ledger import bodies
 from learner.ledger.account import GroupCounts
-from learner.ledger.history import Composition
+from learner.ledger.database import Database
+from learner.ledger.history import Composition, History
 from learner.ledger.leases import MAX_LEASES_PER_GROUP, GrantedLease
 from learner.ledger.ledger import Ledger, Sample
+from tests.runs import files_of_at_most
 
 MEMORY = Path("/dev/shm")
 """Where SQLite's syncs cost nothing, if the machine has it."""
@@ -51,10 +54,10 @@ def commit(ledger: Ledger, granted: GrantedLease, *, min_version: int = 0, body:
     return ledger.commit(granted.lease_id, body, Sample(min_version, 3, 30, 1.5, 0.25))[0]
 
 
-def commit_together(ledger: Ledger, bodies: dict[GrantedLease, bytes]) -> None:
+def commit_together(ledger: Ledger, results: dict[GrantedLease, bytes]) -> None:
     """All of them or none."""
     with ledger.transaction():
-        for granted, body in bodies.items():
+        for granted, body in results.items():
             commit(ledger, granted, body=body)
 
 
@@ -347,14 +350,32 @@ def test_a_full_disk_is_an_operator_s_error_and_loses_nothing_committed(open_led
     commit(ledger, one, body=b"one")
     num_pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
     ledger._db._db.execute(f"PRAGMA max_page_count = {num_pages}")
+
+    def commit_and_fill() -> None:
+        with ledger.transaction():
+            commit(ledger, two, body=b"two")
+            ledger.set_fact("much", "m" * (1 << 20))
+
     with pytest.raises(OperatorError, match=r"ledger\.sqlite: database or disk is full, expected free disk space"):
-        commit(ledger, two, body=bytes(1 << 20))
-    with pytest.raises(OperatorError, match="disk is full"):
-        commit_together(ledger, {three: b"three", two: bytes(1 << 20)})
+        commit_and_fill()
     assert ledger.account.counts() == GroupCounts(leased=2, committed=1)
-    assert ledger.history.bodies([1]) == [b"one"]
     ledger._db.execute("PRAGMA max_page_count = 1000000")
-    assert commit(ledger, two, body=bytes(1 << 20)) is commit(ledger, three) is Outcome.COMMITTED
+    assert commit(ledger, two, body=b"2") is commit(ledger, three, body=b"3") is Outcome.COMMITTED
+    assert ledger.history.bodies([1, 2, 3]) == [b"one", b"2", b"3"]
+    assert ledger.account.num_lost() == 0
+
+
+def test_no_room_for_tokens_is_an_operator_s_error_and_loses_nothing_committed(
+    open_ledger: Callable[..., Ledger],
+) -> None:
+    ledger = open_ledger(groups_per_step=8)
+    one, two, three = lease(ledger, capacity=3)
+    commit(ledger, one, body=b"one")
+    with files_of_at_most(1 << 20), pytest.raises(OperatorError, match=r"00000001\.bin: File too large, expected free"):
+        commit_together(ledger, {three: b"three", two: bytes(2 << 20)})
+    assert ledger.account.counts() == GroupCounts(leased=2, committed=1)
+    assert commit(ledger, two, body=bytes(2 << 20)) is commit(ledger, three) is Outcome.COMMITTED
+    assert ledger.history.bodies([1, 2]) == [b"one", bytes(2 << 20)]
     assert ledger.account.num_lost() == 0
 
 
@@ -366,7 +387,7 @@ def test_what_is_no_ledger_of_ours_is_refused(open_ledger: Callable[..., Ledger]
     path.unlink()
     ledger = open_ledger()
     ledger._db.execute("UPDATE facts SET value = '0' WHERE name = 'schema'")
-    with pytest.raises(OperatorError, match=r"got ledger schema 0, expected 4"):
+    with pytest.raises(OperatorError, match=r"got ledger schema 0, expected 5"):
         open_ledger()
 
 
@@ -395,15 +416,67 @@ def test_a_row_that_changed_on_disk_is_named_at_the_next_start(
 def test_a_group_whose_tokens_changed_on_disk_is_never_trained(
     open_ledger: Callable[..., Ledger], tmp_path: Path
 ) -> None:
-    path = tmp_path / "ledger.sqlite"
     ledger = open_ledger(groups_per_step=1)
     (one,) = lease(ledger)
     commit(ledger, one, body=b"unmistakable tokens")
     ledger.close()
-    flip(path, path.read_bytes().rindex(b"unmistakable tokens"))
+    (file,) = (tmp_path / "ledger.bodies").iterdir()
+    flip(file, 3)
     ledger = open_ledger(groups_per_step=1)
-    with pytest.raises(OperatorError, match=r"ledger\.sqlite: group 1 is damaged, expected the tokens that came"):
+    with pytest.raises(OperatorError, match=r"00000001\.bin: group 1 is damaged, expected the tokens that came"):
         ledger.history.bodies([1])
+    file.unlink()
+    with pytest.raises(OperatorError, match=r"00000001\.bin: group 1 is missing"):
+        ledger.history.bodies([1])
+
+
+def test_tokens_are_on_disk_before_their_group_is_committed(open_ledger: Callable[..., Ledger], tmp_path: Path) -> None:
+    ledger = open_ledger(groups_per_step=4)
+    one, two = lease(ledger, capacity=2)
+
+    def commit_and_fail() -> None:
+        with ledger.transaction():
+            commit(ledger, one, body=b"never committed")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        commit_and_fail()
+    assert not (tmp_path / "ledger.bodies").exists()
+    with ledger.transaction():
+        commit(ledger, one, body=b"one")
+        commit(ledger, two, body=b"two")
+    assert (tmp_path / "ledger.bodies" / "00000001.bin").read_bytes() == b"onetwo"
+    assert ledger.history.bodies([2, 1]) == [b"two", b"one"]
+
+
+def test_files_of_tokens_are_deleted_a_checkpoint_after_the_last_of_them_was_forgotten(
+    open_ledger: Callable[..., Ledger], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "FILE_BYTES", 3)
+    ledger, folder = open_ledger(groups_per_step=1, max_staleness=4), tmp_path / "ledger.bodies"
+    for step, one in enumerate(lease(ledger, capacity=4)):
+        commit(ledger, one, body=b"body")
+        train(ledger, step)
+    assert sorted(path.name for path in folder.iterdir()) == [f"0000000{number}.bin" for number in (1, 2, 3, 4)]
+    reader = Database(tmp_path / "ledger.sqlite", is_read_only=True)
+    with closing(reader), reader.snapshot():
+        assert History(reader).bodies([1]) == [b"body"]
+        ledger.prune_bodies(2)
+        assert History(reader).bodies([1]) == [b"body"]
+    ledger.prune_bodies(3)
+    assert sorted(path.name for path in folder.iterdir()) == ["00000003.bin", "00000004.bin"]
+    assert ledger.history.bodies([4]) == [b"body"]
+
+
+def test_a_start_writes_no_place_twice(open_ledger: Callable[..., Ledger], tmp_path: Path) -> None:
+    for number in (1, 2):
+        ledger = open_ledger(groups_per_step=4)
+        (one,) = lease(ledger)
+        commit(ledger, one, body=b"%d" % number)
+        ledger.close()
+        with (tmp_path / "ledger.bodies" / f"{number:08d}.bin").open("ab") as file:
+            file.write(b"never acknowledged")
+    assert open_ledger(groups_per_step=4).history.bodies([1, 2]) == [b"1", b"2"]
 
 
 @pytest.mark.parametrize("how", ["cut", "flip", "older copy"])

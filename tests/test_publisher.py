@@ -1,6 +1,7 @@
 """The publisher: what is announced, what is kept, and that a start publishes what the run says it did."""
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,6 +123,8 @@ def test_what_goes_wrong_with_a_version_is_told_before_the_next_and_again_to_who
     start.publish(0, 0.0)
     (start.folder / "weights" / "00000001.partial").mkdir()
     start.begin(1, 1.0)
+    with pytest.raises(Exception, match="directory"):  # a learner that waits for groups looks here
+        wait_for_failure(start.publisher)
     with pytest.raises(Exception, match="directory"):
         start.begin(2, 2.0)
     with pytest.raises(Exception, match="directory"):
@@ -129,6 +132,23 @@ def test_what_goes_wrong_with_a_version_is_told_before_the_next_and_again_to_who
     assert start.publisher.newest
     assert start.publisher.newest.step == 0
     assert start.kept == [0]
+
+
+def wait_for_failure(publisher: Publisher) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        publisher.check()
+        time.sleep(0.01)
+
+
+def test_a_version_that_takes_too_long_is_told_to_whoever_waits_for_groups(tmp_path: Path) -> None:
+    start = Start(tmp_path, timeout_s=0.2)
+    start.is_free.clear()
+    start.begin(0, 0.0)
+    start.publisher.check()
+    with pytest.raises(WaitTimeout, match=r"waited 0 s for version 0 to be written and announced from the disk"):
+        wait_for_failure(start.publisher)
+    start.close()
 
 
 def test_an_actor_that_holds_the_version_before_fetches_what_differs(start: Start, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What chord-local shows: read from the run directory alone, so that it shows what is on record."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -8,6 +9,8 @@ from typing import Any, cast
 from common.run_dir import RunDir
 
 Line = dict[str, Any]
+DAMAGE = (KeyError, TypeError, ValueError)
+"""What a line raises where a bit of it flipped on disk; the learner writes its files anew when it starts."""
 
 
 @dataclass
@@ -50,11 +53,13 @@ class Progress:
         self.status = _read_json(self._status_path) or self.status
         texts = self._newcomers() + self._poisoned()
         for line in self._new("step", self._steps.read()):
-            self.last_step = line
-            texts.append(describe_step(line, num_steps=self.status.get("num_steps", 0)))
+            with suppress(*DAMAGE):
+                texts.append(describe_step(line, num_steps=self.status.get("num_steps", 0)))
+                self.last_step = line
         for line in self._new("evaluation", self._evaluations.read()):
-            self.last_evaluation = line
-            texts.append(describe_evaluation(line))
+            with suppress(*DAMAGE):
+                texts.append(describe_evaluation(line))
+                self.last_evaluation = line
         return texts
 
     def _poisoned(self) -> list[str]:
@@ -70,7 +75,8 @@ class Progress:
 
     def _new(self, kind: str, lines: list[Line]) -> list[Line]:
         """Lines of steps, and of tasks, not shown yet: a restarted learner writes its files anew."""
-        named = [(kind, line["step"], line.get("task", "")) for line in lines]
+        lines = [line for line in lines if isinstance(line.get("step"), int)]
+        named = [(kind, line["step"], str(line.get("task", ""))) for line in lines]
         fresh = [line for name, line in zip(named, lines, strict=True) if name not in self._seen]
         self._seen |= set(named)
         return fresh
@@ -149,11 +155,12 @@ def describe_change(task: str, *, before: float | None, after: float | None) -> 
 
 
 def _parse(text: bytes) -> Line:
-    """Empty for a damaged line, which the learner writes anew when it starts."""
+    """Empty for a damaged line."""
     try:
-        return json.loads(text)
+        found: object = json.loads(text)
     except ValueError:
         return {}
+    return cast(Line, found) if isinstance(found, dict) else {}
 
 
 def _read_json(path: Path) -> Line:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import OperatorError
+from learner.ledger.bodies import Bodies
 from learner.ledger.mark import Mark
 from learner.ledger.schema import DIGESTED, SCHEMA_VERSION, TABLES, row_digest
 
@@ -30,6 +31,7 @@ class Database:
             # Closed by its last writer, a database takes in its log: one that is refused must keep it.
             Database(path, is_read_only=True).close()
         self.path = path
+        self.bodies = Bodies(path.with_suffix(".bodies"))
         self.lock = threading.RLock()
         self._mark: Mark | None = None
         self._committer: ThreadPoolExecutor | None = None
@@ -64,12 +66,12 @@ class Database:
             raise OperatorError(f"{self.path}: is damaged ({fault}), expected a whole ledger: restore run.dir")
 
     def _check_rows(self) -> None:
-        """Everything but bodies, which are checked when they are read."""
+        """All of them; the files of bodies are checked when they are read."""
         found = dict(self._db.execute("SELECT name, value FROM facts"))
         if (schema := found.get("schema", SCHEMA_VERSION)) != SCHEMA_VERSION:
             raise OperatorError(f"{self.path}: got ledger schema {schema}, expected {SCHEMA_VERSION}")
         for table in DIGESTED:
-            if table != "bodies" and (num_bad := self.num_damaged(table)):
+            if num_bad := self.num_damaged(table):
                 raise OperatorError(
                     f"{self.path}: is damaged ({num_bad} rows of {table} are not those that were written), expected a "
                     "whole ledger: restore run.dir"
@@ -151,6 +153,7 @@ class Database:
                 if number and self._mark:
                     self._mark.write(number)
             except BaseException as error:
+                self.bodies.forget()
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 is_disk = isinstance(error, sqlite3.OperationalError) and error.sqlite_errorname.startswith(DISK_ERRORS)
@@ -162,14 +165,19 @@ class Database:
 
     def _commit(self, meanwhile: Callable[[Callable[[], bool]], None] | None) -> None:
         if meanwhile is None:
-            self._db.execute("COMMIT")
+            self._write()
             return
         self._committer = self._committer or ThreadPoolExecutor(1, thread_name_prefix="commit")
-        committed = self._committer.submit(self._db.execute, "COMMIT")
+        committed = self._committer.submit(self._write)
         try:
             meanwhile(committed.done)
         finally:
             committed.result()
+
+    def _write(self) -> None:
+        """Bodies first: what the ledger names is there."""
+        self.bodies.sync()
+        self._db.execute("COMMIT")
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -186,6 +194,7 @@ class Database:
             self._db.close()
             if self._committer:
                 self._committer.shutdown()
+            self.bodies.close()
             if self._mark:
                 self._mark.close()
                 self._mark = None

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.errors import OperatorError
+from learner.ledger.bodies import Place
 from learner.ledger.database import Database
-from learner.ledger.schema import DIGESTED
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,19 @@ class History:
         return [self._body(group_id) for group_id in group_ids]
 
     def _body(self, group_id: int) -> bytes:
-        query = f"SELECT body, digest IS row_digest({DIGESTED['bodies']}) FROM bodies WHERE group_id = ?"
+        query = "SELECT file, start, size, hash FROM bodies WHERE group_id = ?"
         with self._db.lock:
             row = self._db.execute(query, (group_id,)).fetchone()
-        if row is None or not row[1]:
+        place = Place(*row) if row else None
+        body = self._db.bodies.read(place) if place else None
+        if body is None:
+            path = self._db.bodies.path(place.file) if place else self._db.path
+            what = "damaged" if place and path.exists() else "missing"
             raise OperatorError(
-                f"{self._db.path}: group {group_id} is {'damaged' if row else 'missing'}, expected the tokens that "
-                "came: restore run.dir, or go back before it with chord-learner --rewind"
+                f"{path}: group {group_id} is {what}, expected the tokens that came: restore run.dir, or go back "
+                "before it with chord-learner --rewind"
             )
-        return row[0]
+        return body
 
     def actor_ids(self, group_ids: Sequence[int]) -> list[str]:
         """Who sampled each group."""

@@ -82,7 +82,8 @@ class Leases:
             )
             fresh = self._next_groups(limit, capacity - len(granted) - len(orphans))
             self._db.executemany(
-                "INSERT INTO groups (group_id, prompt_index, actor_id, state, num_leases) VALUES (?, ?, ?, 'leased', 1)",
+                "INSERT INTO groups (group_id, prompt_index, actor_id, state, num_leases) "
+                "VALUES (?, ?, ?, 'leased', 1)",
                 [(group_id, prompt_index, actor_id) for group_id, prompt_index in fresh],
             )
             new = [

@@ -116,7 +116,8 @@ class Ledger(Leases):
             if standing.state != "leased":
                 return Outcome.REDELIVERED, self.note_late(lease_id, standing)
             if drop is None:
-                self._db.execute("INSERT INTO bodies VALUES (?, ?)", (standing.group_id, body))
+                place = self._db.bodies.append(body)
+                self._db.execute("INSERT INTO bodies VALUES (?, ?, ?, ?, ?)", (standing.group_id, *place))
             self._db.execute(
                 "UPDATE groups SET state = ?, reason = ?, winner = ?, actor_id = ?, min_version = ?, "
                 "num_trajectories = ?, num_answer_tokens = ?, reward_sum = ?, sampling_s = ? WHERE group_id = ?",
@@ -195,6 +196,8 @@ class Ledger(Leases):
                 "DELETE FROM bodies WHERE group_id IN "
                 "(SELECT group_id FROM groups WHERE state = 'trained' AND step < ?)", (before_step,),
             )  # fmt: skip
+        with self._db.lock:
+            self._db.bodies.delete_unnamed({file for (file,) in self._db.execute("SELECT DISTINCT file FROM bodies")})
 
     def begin_rewind(self, step: int) -> None:
         """Note that a rewind has begun; until `rewind` has ended it, the run must not go on."""

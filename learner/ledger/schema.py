@@ -2,7 +2,7 @@
 
 import hashlib
 
-SCHEMA_VERSION = "4"
+SCHEMA_VERSION = "5"
 
 DIGEST_BYTES = 8
 
@@ -12,7 +12,7 @@ DIGESTED = {
     "num_answer_tokens, reward_sum, sampling_s, num_leases",
     "leases": "lease_id, group_id, actor_id, session, state",
     "returned_prompts": "prompt_index",
-    "bodies": "group_id, body",
+    "bodies": "group_id, file, start, size, hash",
     "batches": "step, group_ids, expert_row_ids, expert_cursor, record",
     "versions": "step, hash",
     "evaluations": "step, result",
@@ -67,10 +67,16 @@ CREATE INDEX IF NOT EXISTS leases_by_group ON leases (group_id);
 -- Prompts whose groups a rewind dropped: they are leased again before new ones.
 CREATE TABLE IF NOT EXISTS returned_prompts (prompt_index INTEGER PRIMARY KEY, {_digest("returned_prompts")});
 
--- The group as it came; kept until every kept checkpoint covers its step.
+-- Where the group lies as it came (see bodies.py); kept until every kept checkpoint covers its step.
 CREATE TABLE IF NOT EXISTS bodies (
-    group_id INTEGER PRIMARY KEY REFERENCES groups (group_id), body BLOB NOT NULL, {_digest("bodies")}
+    group_id INTEGER PRIMARY KEY REFERENCES groups (group_id),
+    file INTEGER NOT NULL,
+    start INTEGER NOT NULL,     -- in bytes, as its size
+    size INTEGER NOT NULL,
+    hash BLOB NOT NULL,
+    {_digest("bodies")}
 );
+CREATE INDEX IF NOT EXISTS bodies_by_file ON bodies (file);
 
 -- The composition of each optimizer step, committed before the step is taken.
 CREATE TABLE IF NOT EXISTS batches (

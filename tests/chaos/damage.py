@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from common.errors import OperatorError
-from learner.ledger.schema import DIGESTED, row_digest
+from learner.ledger.bodies import Bodies, Place
 
 
 class Damage(StrEnum):
@@ -48,6 +48,7 @@ def durable_files(run_dir: Path, chance: random.Random) -> list[Path]:
         [run_dir / "ledger.sqlite"],
         [run_dir / "ledger.sqlite-wal"],
         [run_dir / "ledger.mark"],
+        sorted(run_dir.glob("ledger.bodies/*")),
         [run_dir.parent / "expert.sqlite"],
         [run_dir / "checkpoints" / "newest"],
         sorted(run_dir.glob("checkpoints/step-*/manifest.json"))[-1:],
@@ -86,20 +87,19 @@ def dump_tables(database: Path) -> dict[str, list[tuple[object, ...]]]:
         }
 
 
-NOTICED = "is not what its digest says"
+NOTICED = "is not what its hash says"
 """A body that whoever reads it refuses: it cannot be trained on, and is gone once checkpoints cover its step."""
 
 
 def ledger_history(ledger: Path) -> dict[str, str]:
     """What never changes once it is written: the composition of each step, and the body of each group."""
     with opened_copy(ledger) as connection:
-        connection.create_function("row_digest", -1, row_digest, deterministic=True)
         batches = connection.execute("SELECT step, group_ids, expert_row_ids FROM batches").fetchall()
         found = {f"batch {row['step']}": f"{row['group_ids']} {row['expert_row_ids']}" for row in batches}
-        query = f"SELECT group_id, body, digest IS row_digest({DIGESTED['bodies']}) AS is_whole FROM bodies"
-        for row in connection.execute(query):
-            digest = hashlib.blake2b(row["body"], digest_size=16).hexdigest()
-            found[f"body {row['group_id']}"] = digest if row["is_whole"] else NOTICED
+        bodies = Bodies(ledger.with_suffix(".bodies"))
+        for group_id, *place in connection.execute("SELECT group_id, file, start, size, hash FROM bodies"):
+            body = bodies.read(Place(*place))
+            found[f"body {group_id}"] = hashlib.blake2b(body, digest_size=16).hexdigest() if body else NOTICED
         return found
 
 
