@@ -48,7 +48,7 @@ build() {
 
 link_commands() {
     case $1 in
-        /home/* | /root/* | /run/user/* | /tmp/*) fail "--program: got $1, expected a folder that the units' sandbox can see, such as /opt/chord-rl/0.1.0" ;;
+        /home/* | /root/* | /run/user/* | /tmp/*) fail "--program: got $1, expected a folder that the sandbox can see, such as /opt/chord-rl/0.1.0" ;;
         /*) ;;
         *) fail "--program: got $1, expected an absolute path" ;;
     esac

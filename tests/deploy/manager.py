@@ -1,4 +1,4 @@
-"""systemd's end of the notification protocol: a socket in the file system, and all that was said to it, with its time."""
+"""systemd's end of the notification protocol: a socket in the file system, and what was said to it, with its time."""
 
 import socket
 import threading

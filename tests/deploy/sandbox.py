@@ -26,7 +26,17 @@ ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_N
 
 def view(root: Path) -> list[str]:
     """bwrap, with the host's programs read-only, and `root` in the places that it is meant for."""
-    words = ["bwrap", "--die-with-parent", "--unshare-user", "--uid", str(USER), "--gid", str(USER), "--cap-drop", "ALL"]
+    words = [
+        "bwrap",
+        "--die-with-parent",
+        "--unshare-user",
+        "--uid",
+        str(USER),
+        "--gid",
+        str(USER),
+        "--cap-drop",
+        "ALL",
+    ]
     words += ["--unshare-ipc", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--ro-bind", "/usr", "/usr"]
     for name in ("bin", "sbin", "lib", "lib64"):
         words += ["--symlink", f"usr/{name}", f"/{name}"]
@@ -70,7 +80,15 @@ class UnitProcess:
         environment = {
             **ENVIRONMENT, **unit.environment, "CREDENTIALS_DIRECTORY": inside, "NOTIFY_SOCKET": "/run/systemd/notify",
         }  # fmt: skip
-        words = [*view(root), "--ro-bind", str(credentials), inside, "--ro-bind", str(manager.path), "/run/systemd/notify"]
+        words = [
+            *view(root),
+            "--ro-bind",
+            str(credentials),
+            inside,
+            "--ro-bind",
+            str(manager.path),
+            "/run/systemd/notify",
+        ]
         words += ["--ro-bind", str(root / "etc/chord-rl"), "/etc/chord-rl", "--ro-bind", str(root / "opt"), "/opt"]
         words += ["--ro-bind", str(root / "var/lib/chord-rl"), "/var/lib/chord-rl"]
         for place, name in (("var/lib", unit["StateDirectory"]), ("var/cache", unit["CacheDirectory"])):

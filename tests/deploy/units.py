@@ -20,7 +20,9 @@ class Unit:
         self.settings: dict[str, list[str]] = defaultdict(list)
         template = f"{stem}@.service" if instance else name
         prefix = f"{stem.partition('-')[0]}-.service.d"
-        drop_ins = sorted(path for folder in (UNITS, "etc/systemd/system") for path in (root / folder / prefix).glob("*.conf"))
+        drop_ins = sorted(
+            path for folder in (UNITS, "etc/systemd/system") for path in (root / folder / prefix).glob("*.conf")
+        )
         for path in (root / UNITS / template, *drop_ins):
             self._read(path.read_text(), FOLDERS | {"%i": instance})
 
