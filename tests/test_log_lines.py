@@ -85,8 +85,6 @@ def test_stderr_that_leads_elsewhere_has_no_priorities() -> None:
 
 def test_an_unknown_shape_is_refused_in_one_line() -> None:
     script = "from common.command import *; run_command('chord-actor', lambda: start_logging('actor-0'))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, LOG_FORMAT: "xml"}, capture_output=True, text=True, timeout=60,
-        check=False,
-    )  # fmt: skip
+    environment = {**os.environ, LOG_FORMAT: "xml"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "chord-actor: CHORD_LOG_FORMAT: got 'xml', expected plain or json\n")

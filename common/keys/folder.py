@@ -163,7 +163,7 @@ def _read(path: Path, *, is_secret: bool = False) -> bytes:
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
             mode = stat.S_IMODE(found.st_mode)
-            if is_secret and mode & _forbidden(found.st_uid, os.geteuid()):
+            if is_secret and mode & forbidden_bits(found.st_uid, os.geteuid()):
                 raise OperatorError(
                     f"{path}: got mode {mode:04o}, expected {SECRET_MODE:04o}: others can read this secret key"
                 )
@@ -175,7 +175,7 @@ def _read(path: Path, *, is_secret: bool = False) -> bytes:
     return key
 
 
-def _forbidden(owner: int, reader: int) -> int:
+def forbidden_bits(owner: int, reader: int) -> int:
     """Mode bits that a secret key must not have.
 
     Only its owner may read it. But what root hands to a service (a credential of systemd, a Secret of Kubernetes) is

@@ -1,6 +1,7 @@
 """systemd's end of the notification protocol: a socket in the file system, and what was said to it, with its time."""
 
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -21,11 +22,12 @@ class Sign:
 class Manager:
     """What one component says; kept until `forget`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="chord-")  # a socket's path must be short
+        self.path = Path(self._folder.name) / "notify"
         self.signs: list[Sign] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
+        self._socket.bind(str(self.path))
         self._socket.settimeout(0.1)
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._hear, daemon=True)
@@ -58,7 +60,7 @@ class Manager:
         self._is_closing.set()
         self._thread.join()
         self._socket.close()
-        self.path.unlink()
+        self._folder.cleanup()
 
 
 def wait_until(is_reached: Callable[[], bool], what: Callable[[], str], timeout_s: float = 120) -> None:

@@ -67,40 +67,31 @@ def run_command(root: Path, line: str, *, timeout_s: float = 120) -> str:
 class UnitProcess:
     """One start of a service, until its end."""
 
-    def __init__(self, root: Path, unit: Unit, manager: Manager, log: IO[bytes]) -> None:
+    def __init__(self, root: Path, unit: Unit, manager: Manager, *, scratch: Path, log: IO[bytes]) -> None:
+        """`scratch`: an empty folder, for what systemd would keep of this start."""
         self.unit = unit
-        scratch = manager.path.parent / unit.name
-        shutil.rmtree(scratch, ignore_errors=True)
-        credentials = scratch / "credentials"
-        credentials.mkdir(parents=True)
-        for name, source in unit.credentials.items():
-            shutil.copy(root / source.lstrip("/"), credentials / name)
-            (credentials / name).chmod(0o400)
-        inside = f"/run/credentials/{unit.name}"
-        environment = {
-            **ENVIRONMENT, **unit.environment, "CREDENTIALS_DIRECTORY": inside, "NOTIFY_SOCKET": "/run/systemd/notify",
-        }  # fmt: skip
-        words = [
-            *view(root),
-            "--ro-bind",
-            str(credentials),
-            inside,
-            "--ro-bind",
-            str(manager.path),
-            "/run/systemd/notify",
-        ]
-        words += ["--ro-bind", str(root / "etc/chord-rl"), "/etc/chord-rl", "--ro-bind", str(root / "opt"), "/opt"]
-        words += ["--ro-bind", str(root / "var/lib/chord-rl"), "/var/lib/chord-rl"]
-        for place, name in (("var/lib", unit["StateDirectory"]), ("var/cache", unit["CacheDirectory"])):
-            folder = root / place / name
-            folder.mkdir(parents=True, exist_ok=True)
-            words += ["--bind", str(folder), f"/{place}/{name}"]
-        words += ["--chdir", unit["WorkingDirectory"]]
+        credentials = f"/run/credentials/{unit.name}"
+        writable = [f"var/lib/{unit['StateDirectory']}", f"var/cache/{unit['CacheDirectory']}"]
+        environment = {**ENVIRONMENT, **unit.environment(root)}
+        environment |= {"CREDENTIALS_DIRECTORY": credentials, "NOTIFY_SOCKET": "/run/systemd/notify"}
+        words = view(root)
+        for source, place in {
+            hand_over(unit.credentials, root, scratch / "credentials"): credentials,
+            manager.path: "/run/systemd/notify",
+            root / "opt": "/opt",
+            root / "etc/chord-rl": "/etc/chord-rl",
+            root / "var/lib/chord-rl": "/var/lib/chord-rl",
+        }.items():
+            words += ["--ro-bind", str(source), place]
+        for name in writable:
+            (root / name).mkdir(parents=True, exist_ok=True)
+            words += ["--bind", str(root / name), f"/{name}"]
         with write_filter(unit, scratch / "filter").open("rb") as program:
-            words += ["--seccomp", str(program.fileno()), *unit.command(environment)]
+            words += ["--chdir", unit["WorkingDirectory"], "--seccomp", str(program.fileno())]
             self._bwrap = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, pass_fds=[program.fileno()]
-            )
+                [*words, *unit.command(environment)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=environment, pass_fds=[program.fileno()],
+            )  # fmt: skip
 
     @property
     def main(self) -> psutil.Process:
@@ -119,6 +110,15 @@ class UnitProcess:
     def kill(self) -> None:
         self._bwrap.kill()  # and with it all that it started
         self._bwrap.wait()
+
+
+def hand_over(credentials: dict[str, str], root: Path, folder: Path) -> Path:
+    """Copies that only the component can read."""
+    folder.mkdir()
+    for name, source in credentials.items():
+        shutil.copy(root / source.lstrip("/"), folder / name)
+        (folder / name).chmod(0o400)
+    return folder
 
 
 def write_filter(unit: Unit, path: Path) -> Path:

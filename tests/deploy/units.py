@@ -36,9 +36,14 @@ class Unit:
         """The last value given, which is the one that counts where there can be one only."""
         return self.settings[key][-1]
 
-    @property
-    def environment(self) -> dict[str, str]:
-        return dict(word.split("=", 1) for line in self.settings["Environment"] for word in shlex.split(line))
+    def environment(self, root: Path) -> dict[str, str]:
+        """The unit's own, then what the environment files in `root` say."""
+        words = [word for line in self.settings["Environment"] for word in shlex.split(line)]
+        for name in self.settings["EnvironmentFile"]:
+            path = root / name.lstrip("-/")
+            lines = path.read_text().splitlines() if path.exists() else []
+            words += [line for line in lines if line and not line.startswith("#")]
+        return dict(word.split("=", 1) for word in words)
 
     @property
     def credentials(self) -> dict[str, str]:
