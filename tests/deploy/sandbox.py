@@ -122,13 +122,14 @@ def hand_over(credentials: dict[str, str], root: Path, folder: Path) -> Path:
 
 
 def write_filter(unit: Unit, path: Path) -> Path:
-    """The program of the unit's SystemCallFilter."""
+    """The program of the unit's SystemCallFilter and RestrictAddressFamilies."""
     allowed: set[str] = set()
     for line in unit.settings["SystemCallFilter"]:
         names = expand(line.removeprefix("~").split())
         allowed = allowed - names if line.startswith("~") else allowed | names
     script = Path(__file__).with_name("syscall_filter.py")
-    subprocess.run(["/usr/bin/python3", script, path], input="\n".join(sorted(allowed)), text=True, check=True)
+    command = ["/usr/bin/python3", script, path, *unit["RestrictAddressFamilies"].split()]
+    subprocess.run(command, input="\n".join(sorted(allowed)), text=True, check=True)
     return path
 
 

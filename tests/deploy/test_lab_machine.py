@@ -129,6 +129,7 @@ class LabMachine:
                 wait_until(lambda name=name: self.managers[name].has("READY"), lambda name=name: self.log(name))
 
     def _start(self, name: str) -> None:
+        self.check_readable()
         if name not in self.managers:
             self.managers[name] = Manager()
         self.managers[name].forget()
@@ -137,6 +138,13 @@ class LabMachine:
             self.processes[name] = UnitProcess(
                 self.root, Unit(self.root, name), self.managers[name], scratch=scratch, log=log
             )
+
+    def check_readable(self) -> None:
+        """The one user of this test reads everything; the user chord-rl must be able to read what is root's."""
+        for place in ("opt/chord-rl", "var/lib/chord-rl/models", "etc/chord-rl/keys/allowed"):
+            for path in [self.root / place, *(self.root / place).rglob("*")]:
+                wanted = 0o005 if path.is_dir() else 0o004
+                assert path.stat().st_mode & wanted == wanted, f"the user chord-rl cannot read {path}"
 
     def stop(self, names: list[str]) -> None:
         """SIGTERM; peers first, as After= has it. Each says that it stops, and ends with exit code 0."""
