@@ -22,6 +22,7 @@ from common.weights.snapshot import Snapshot
 from common.wire.connections import MAX_NEWCOMERS, Bounds
 from common.wire.listener import Listener
 from common.wire.sockets import SocketLimits, reserve_descriptors
+from learner.checkpoints import Checkpoints
 from learner.expert.store import ExpertStore
 from learner.handover import Handover
 from learner.inbox import Inbox, LeaseTerms
@@ -75,6 +76,8 @@ class Host:
         self.source = Source(
             config, self.ledger, experts, reader, describe_peers=self.inbox.peers.describe, check=self.check_for_end
         )
+        self.checkpoints = Checkpoints(self.run_dir.checkpoints, keep=1)
+        """Only looked at here."""
         self._board = StatusBoard(self.run_dir.status, self._status)
         self.run_dir.save_config(config)
         self.recorder.restore()

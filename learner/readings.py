@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from common.metrics import Reading
 from common.wire.connections import Closing
 from common.wire.messages import ActorState, Role
-from learner.checkpoints import Checkpoint, Checkpoints
+from learner.checkpoints import Checkpoint
 from learner.ledger.leases import DropReason
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def version_lag(host: "Host") -> float | None:
 
 
 def newest_checkpoint(host: "Host") -> Checkpoint | None:
-    return max(Checkpoints(host.run_dir.checkpoints, keep=1).all(), key=lambda one: one.step, default=None)
+    return next(reversed(host.checkpoints.all()), None)
 
 
 def closed(host: "Host") -> Labelled:
