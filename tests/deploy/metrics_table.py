@@ -39,7 +39,7 @@ def registries() -> Iterator[tuple[str, CollectorRegistry]]:
     add_common_metrics(every, component="", engine="", readiness=str)
     yield "every", every
     learner = LearnerMetrics().registry
-    for reading in readings_of(NOBODY):
+    for reading in readings_of(NOBODY, NOBODY):
         learner.register(reading)
     yield "learner", learner
     rank = CollectorRegistry()
