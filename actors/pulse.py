@@ -39,6 +39,10 @@ class Pulse:
         if state is ActorState.DRAINING:
             self._watchdog.stopping()
 
+    def verdict(self) -> str:
+        """A line where a loop is overdue, else nothing."""
+        return self._watchdog.verdict()
+
     def leave(self) -> None:
         """All that is left is to close things, which must not take long."""
         self._watchdog.stopping()
