@@ -7,6 +7,7 @@ that their order is kept. Waits for the disk only. An evaluation that is owed pi
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -224,7 +225,7 @@ class Publisher:
         if owed and owed.hash != result.version.hash:
             return Outcome.REFUSED
         lines = [
-            {"step": result.version.step, **score.line(), "version_hash": result.version.hash}
+            {"step": result.version.step, **score.line(), "version_hash": result.version.hash, "time": time.time()}
             for score in result.scores
         ]
         outcome = self._ledger.evaluations.finish(result.version.step, lines)
