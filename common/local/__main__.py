@@ -1,12 +1,13 @@
 """`chord-local`: one machine, everything. Starts and shows learner, actors and evaluator, ends with a summary."""
 
-import io
 import json
 import os
 import signal
 import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
+from typing import cast
 
 import typer
 from rich.console import Console
@@ -183,8 +184,7 @@ class LocalRun:
 
 
 def main() -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no μ is no reason to stop
+    cast(TextIOWrapper, sys.stdout).reconfigure(errors="replace")  # a terminal that knows no μ is no reason to stop
     run_command("chord-local", app)
 
 

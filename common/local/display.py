@@ -81,7 +81,8 @@ class LiveView:
         if not self._live:
             self._console.print(line, markup=False, soft_wrap=True)
             return
-        self._news.append(f"{time.strftime('%H:%M:%S')} {line}")
+        plain = "".join(sign if sign.isprintable() else " " for sign in line)  # as it may come from a log
+        self._news.append(f"{time.strftime('%H:%M:%S')} {plain}")
         self._drawn = 0.0
 
     def say_step(self, line: str) -> None:

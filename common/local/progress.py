@@ -123,8 +123,8 @@ class Progress:
         if not self.board:
             return "starting (loading libraries)"
         waiting = f", waits for {self.board.waiting_for}" if self.board.waiting_for else ""
-        age = f" (told {self.board_age_s:.0f} s ago)" if self.board_age_s > OLD_S else ""
-        return f"{self.board.phase} after step {self.board.step}{waiting}{age}"
+        age = f"{self.board_age_s:.0f} s ago: " if self.board_age_s > OLD_S else ""
+        return f"{age}{self.board.phase} after step {self.board.step}{waiting}"
 
     def now(self) -> str:
         """The same, and who takes part, in one line."""

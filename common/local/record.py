@@ -5,9 +5,11 @@ damaged, half written, or of another version of the learner.
 """
 
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import Annotated, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
 class Readable(BaseModel):
@@ -31,8 +33,8 @@ class BoardPeer(Readable):
     role: str = "actor"
     engine: str = ""
     state: str = ""
-    serving_step: int | None = None
-    sampled_tokens: int = 0
+    serving_step: Count | None = None
+    sampled_tokens: Count = 0
     silence_s: float = 0.0
 
 
@@ -40,12 +42,12 @@ class Board(Readable):
     """status.json."""
 
     phase: str = ""
-    step: int = 0
-    num_steps: int = 0
+    step: Count = 0
+    num_steps: Count = 0
     waiting_for: str = ""
-    groups: dict[str, int] = {}
-    dropped: dict[str, int] = {}
-    evaluations_owed: list[int] = []
+    groups: dict[str, Count] = {}
+    dropped: dict[str, Count] = {}
+    evaluations_owed: list[Count] = []
     sinks_failed: dict[str, str] = {}
     peers: list[BoardPeer] = []
 
@@ -53,7 +55,7 @@ class Board(Readable):
 class StepLine(Readable):
     """Of metrics.jsonl; None where the step had nothing of the kind."""
 
-    step: int
+    step: Count
     reward_mean: float | None = None
     groups_with_signal_frac: float | None = None
     staleness_mean: float | None = None
@@ -79,13 +81,13 @@ class StepLine(Readable):
 class EvaluationLine(Readable):
     """Of eval.jsonl."""
 
-    step: int
+    step: Count
     task: str = ""
     accuracy: float
     confidence_95: tuple[float, float] | None = None
-    num_correct: int | None = None
-    num_problems: int | None = None
-    samples_per_problem: int = 1
+    num_correct: Count | None = None
+    num_problems: Count | None = None
+    samples_per_problem: Count = 1
     wall_s: float | None = None
 
 

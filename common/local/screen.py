@@ -25,7 +25,7 @@ FRAME = 2
 MIN_NEWS_LINES = 2
 LABEL, VALUE, RANGE = 18, 8, 19
 """Columns of a trend's row beside its line."""
-MIN_BLOCKS = 12
+MIN_BLOCKS = 20
 """A shorter line is not worth the columns of a range."""
 UNDER_WAY = ("leased", "committed", "training")
 STATE_STYLES = {"serving": "green", "gone": "red", "stale": "yellow", "fitting": "yellow", "starting": "yellow"}
@@ -51,18 +51,18 @@ def draw(view: View, *, width: int, height: int) -> RenderableType:
     trends, peers = view.progress.trends.rows(), _peer_rows(view)
     if width >= WIDE:
         num_peer_rows = _fit(len(peers), room - 2 * FRAME - MIN_NEWS_LINES)
-        side = Layout()
+        side, trends_width = Layout(), width * 3 // 5
         side.split_column(
             Layout(_peers(peers, num_peer_rows), size=num_peer_rows + FRAME),
-            Layout(_news(view, width - width // 2, room - num_peer_rows - 2 * FRAME)),
+            Layout(_news(view, width - trends_width, room - num_peer_rows - 2 * FRAME)),
         )
-        body.split_row(Layout(_trends(view, trends, width // 2, room - FRAME), size=width // 2), side)
+        body.split_row(Layout(_trends(trends, trends_width, room - FRAME), size=trends_width), side)
         return layout
     num_peer_rows = _fit(len(peers), max(room // 3 - FRAME, 1))
     num_trend_rows = _fit(len(trends), room - num_peer_rows - 3 * FRAME - MIN_NEWS_LINES)
     num_news_lines = room - num_trend_rows - num_peer_rows - 3 * FRAME
     body.split_column(
-        Layout(_trends(view, trends, width, num_trend_rows), size=num_trend_rows + FRAME),
+        Layout(_trends(trends, width, num_trend_rows), size=num_trend_rows + FRAME),
         Layout(_peers(peers, num_peer_rows), size=num_peer_rows + FRAME),
         Layout(_news(view, width, num_news_lines)),
     )
@@ -91,7 +91,7 @@ def _now(view: View) -> Panel:
     if learner.trouble:
         doing = Text(f"learner {learner.trouble}, it is started again", style="bold red")
     flow = Text(_flow(board), style="dim", no_wrap=True, overflow="ellipsis")
-    return Panel(Group(bar, doing, flow), title=view.title, title_align="left")
+    return Panel(Group(bar, doing, flow), title=Text(view.title), title_align="left")
 
 
 def _times(progress: Progress, *, step: int, num_steps: int) -> str:
@@ -125,17 +125,18 @@ def _flow(board: Board | None) -> str:
     return "; ".join(parts)
 
 
-def _trends(view: View, rows: Sequence[tuple[Trend, str, Series]], width: int, num_rows: int) -> Panel:
+def _trends(rows: Sequence[tuple[Trend, str, Series]], width: int, num_rows: int) -> Panel:
     inner = width - 2 * FRAME
     has_range = inner >= LABEL + VALUE + RANGE + MIN_BLOCKS
-    blocks = max(inner - LABEL - VALUE - 2 - (RANGE if has_range else 0), 1)
+    label_width = LABEL if inner >= LABEL + VALUE + MIN_BLOCKS else LABEL // 2
+    blocks = max(inner - label_width - VALUE - 2 - (RANGE if has_range else 0), 1)
     last_step = max(step for _, _, series in rows for step, _ in series.points) if rows else 0
     lines: list[Text] = []
     for trend, label, series in rows[: max(num_rows, 1)]:
         low, high = trend.scale or series.scale
         drawn = draw_trend(series.points, last_step=last_step, width=blocks, scale=(low, high))
-        name = label if len(label) < LABEL else f"{label[: LABEL - 2]}…"
-        text = Text(f"{name:<{LABEL}}", no_wrap=True, overflow="crop")
+        name = label if len(label) < label_width else f"{label[: label_width - 2]}…"
+        text = Text(f"{name:<{label_width}}", no_wrap=True, overflow="crop")
         text.append(f"{drawn:<{blocks}}", style="cyan")
         text.append(f"  {series.last:>{VALUE}{trend.form}}", style="bold")
         if has_range:
@@ -176,17 +177,20 @@ def _cells_of(view: View, name: str, component: Component | None, peer: BoardPee
 
 def _peers(rows: Sequence[Cells], num_rows: int) -> Panel:
     table = Table.grid(padding=(0, 2), expand=True)
-    for ratio, justify in ((None, "left"), (1, "left"), (None, "left"), (None, "right"), (None, "left")):
-        table.add_column(no_wrap=True, ratio=ratio, justify=justify)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, ratio=1)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column(no_wrap=True)
     shown = rows if len(rows) <= num_rows else rows[: num_rows - 1]
     for name, state, version, speed, engine in shown:
         word = state.split(",")[0].split(":")[0]
         style = "bold red" if word == "crashed" else STATE_STYLES.get(word, "")
-        table.add_row(name, Text(state, style=style), version, speed, Text(engine, style="dim"))
+        table.add_row(Text(name), Text(state, style=style), version, speed, Text(engine, style="dim"))
     if rest := rows[len(shown) :]:
         states = [state.split(",")[0].split(":")[0] for _, state, *_ in rest]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        table.add_row(f"and {len(rest)} more", counts, "", "", "")
+        table.add_row(f"and {len(rest)} more", Text(counts), "", "", "")
     return Panel(table if rows else Text("none", style="dim"), title="actors and evaluator", title_align="left")
 
 

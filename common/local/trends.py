@@ -18,14 +18,15 @@ class Series:
         self.points: list[tuple[int, float]] = []
         """Step and value, oldest first."""
         self.last = math.nan
+        """May be NaN or infinite, which no line shows."""
         self._per_point = 1
         """How many values each of `points` is the mean of; the last one may be of fewer."""
         self._num_in_last = 0
 
     def add(self, step: int, value: float) -> None:
+        self.last = value
         if not math.isfinite(value):
             return
-        self.last = value
         if self.points and self._num_in_last < self._per_point:
             self._num_in_last += 1
             mean = self.points[-1][1]

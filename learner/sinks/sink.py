@@ -37,7 +37,7 @@ class Sink(Protocol):
 def step_point(record: Mapping[str, Any]) -> Point:
     """Of a line of metrics.jsonl; its tables are left out, as their keys are actors, which come and go."""
     plain = {name: value for name, value in record.items() if not isinstance(value, dict)}
-    return Point("train", record["step"], record["time"], numbers(plain))
+    return Point("train", record["step"], record.get("time", time.time()), numbers(plain))
 
 
 def evaluation_point(line: Mapping[str, Any]) -> Point:
