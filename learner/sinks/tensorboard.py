@@ -1,5 +1,6 @@
 """The sink TensorBoard: event files in the run directory, written anew from the ledger at every start."""
 
+import os
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -12,8 +13,8 @@ class TensorBoard:
 
     def __init__(self, folder: Path) -> None:
         for path in folder.glob("events.out.tfevents.*"):
-            path.unlink()
-        # A TensorBoard that is looking on has the old files' points still: purge_step tells it to forget them.
+            _empty(path)
+        # A TensorBoard that is looking on has the old file's points still: purge_step tells it to forget them.
         self._writer = SummaryWriter(str(folder), purge_step=0)
 
     def add(self, point: Point) -> None:
@@ -23,3 +24,11 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _empty(path: Path) -> None:
+    """A TensorBoard that reads the last file would wait for a deleted one for ever; those before it, it has left."""
+    if path.stat().st_size:
+        os.truncate(path, 0)
+    else:
+        path.unlink()

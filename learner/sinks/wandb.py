@@ -17,7 +17,6 @@ from learner.sinks.sink import Point
 
 PROJECT = "chord-rl"
 """Where WANDB_PROJECT names none."""
-START_S = 90.0
 FINISH_S = 25.0
 """Longest upload at the end, below feed.CLOSE_S."""
 
@@ -30,14 +29,14 @@ class WeightsAndBiases:
         for path in folder.glob(f"offline-run-*-{run_id}"):
             shutil.rmtree(path)
         settings = wandb.Settings(
-            console="off", init_timeout=START_S, finish_timeout=FINISH_S, finish_timeout_raises=True,
+            console="off", finish_timeout=FINISH_S, finish_timeout_raises=True,
             stop_fn=lambda: None,  # their button to stop a run would interrupt the learner
         )  # fmt: skip
         is_online = os.environ.get("WANDB_MODE", "online") == "online"
         self._run = wandb.init(
             dir=folder.parent, id=run_id, name=name, config=dict(config), settings=settings,
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            resume="allow" if is_online else None,
+            resume="allow" if is_online else None, reinit="create_new",
         )  # fmt: skip
         self._run.define_metric("step", hidden=True)
         for series in ("train/*", "eval/*"):
