@@ -165,7 +165,7 @@ def _cells_of(view: View, name: str, component: Component | None, peer: BoardPee
     """A process that is down is down, whatever the learner has not noticed yet."""
     if component and component.trouble:
         return name, component.trouble, "", "", peer.engine if peer else ""
-    if component and component.exit_code == 0:
+    if component and component.exit_code is not None:
         return name, "ended", "", "", peer.engine if peer else ""
     if peer is None:
         return name, "starting", "", "", ""

@@ -71,8 +71,10 @@ class Component:
 
     @property
     def trouble(self) -> str:
-        """Why it is not running, though it should; empty where it is, or has done its work."""
-        return "" if not self.exit_code else f"crashed: {_describe_exit(self.exit_code)}"
+        """Why it is not running, though it should; empty where it is, has done its work, or was told to end."""
+        if self.exit_code in (None, 0, -signal.SIGTERM):
+            return ""
+        return f"crashed: {_describe_exit(self.exit_code)}"
 
     def start(self, now_s: float) -> None:
         """`now_s`: by the supervisor's clock."""

@@ -9,7 +9,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from common.config.run import SinkName
 from common.config.schema import Config
@@ -19,7 +18,7 @@ from learner.sinks.sink import Point, Sink
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING = 1000
+MAX_WAITING = 10_000
 """Points that wait for a sink at most; one that falls further behind is left alone."""
 CLOSE_S = 30.0
 """Longest wait at the end for what was added to be shown."""
@@ -33,7 +32,7 @@ class Feed:
         self.failure = ""
         """Why it is left alone; empty while it is not."""
         self._open_sink = open_sink
-        self._waiting: queue.Queue[Point | None] = queue.Queue(MAX_WAITING)
+        self._waiting: queue.SimpleQueue[Point | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"sink {name}", daemon=True)
         self._past: Sequence[Point] = ()
 
@@ -44,24 +43,23 @@ class Feed:
 
     def add(self, point: Point) -> None:
         """Never waits."""
-        if self.failure or not self._thread.is_alive():
+        if self.failure:
             return
-        try:
-            self._waiting.put_nowait(point)
-        except queue.Full:
+        if self._waiting.qsize() < MAX_WAITING:
+            self._waiting.put(point)
+        else:
             self._fail(f"it is {MAX_WAITING} points behind")
 
     def end(self) -> None:
         """Nothing more comes; `join` waits until all has been shown."""
-        with suppress(queue.Full):
-            self._waiting.put_nowait(None)
+        self._waiting.put(None)
 
     def join(self, timeout_s: float) -> None:
-        if not self._thread.is_alive():
+        if self.failure or not self._thread.is_alive():
             return
         self._thread.join(timeout_s)
-        if self._thread.is_alive() and not self.failure:
-            self._fail(f"waited {timeout_s:.0f} s for it to show the last points")
+        if self._thread.is_alive():
+            self._fail(f"it had not shown the last points within {CLOSE_S:.0f} s")
 
     def _run(self) -> None:
         try:
@@ -76,6 +74,8 @@ class Feed:
             self._fail(f"{type(error).__name__}: {error}")
 
     def _fail(self, why: str) -> None:
+        if self.failure:
+            return
         self.failure = why
         log.warning("run.sinks: %s is left alone from now on, training goes on: %s", self.name, why)
 
