@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +28,7 @@ from learner.recorder import Recorder
 from learner.sinks.feed import MAX_WAITING, Feed, Feeds, open_feeds
 from learner.sinks.sink import Point
 from tests.runs import LocalRun, import_experts, read_lines, write_config
+from tests.wandb_service import WandbService
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +163,34 @@ def test_a_rewind_is_forgotten_or_another_run_where_nothing_can_be_taken_back(tm
     first, second = sorted(wandb_files(tmp_path), key=lambda path: len(path.name))
     assert second.name == first.name.replace(".wandb", "-1.wandb")
     assert column(wandb_rows(second), "train/loss") == [(1, 1.0), (2, 7.0)]
+
+
+ONLINE = """
+import sys
+from pathlib import Path
+from learner.sinks.sink import Point
+from learner.sinks.wandb import WeightsAndBiases
+
+sink = WeightsAndBiases(Path(sys.argv[1]), run_id="abc", name="run", config={})
+for step in range(1, int(sys.argv[2]) + 1):
+    sink.add(Point("train", step, 1e9 + step, {"loss": 1 / step}))
+    if step % 2 == 0:
+        sink.add(Point("eval/sums", step - 1, 1e9 + step, {"accuracy": step / 10}))
+sink.close()
+"""
+
+
+def test_online_a_resumed_run_is_sent_only_what_the_service_lacks(tmp_path: Path) -> None:
+    with WandbService() as service:
+        for num_steps in (3, 6):
+            command = [sys.executable, "-c", ONLINE, str(tmp_path / "wandb"), str(num_steps)]
+            account = {"WANDB_MODE": "online", "WANDB_BASE_URL": service.url, "WANDB_API_KEY": "0" * 40}
+            done = subprocess.run(
+                command, env={**os.environ, **account}, capture_output=True, text=True, timeout=120, check=False
+            )
+            assert done.returncode == 0, done.stderr + str(service.operations)
+    assert column(service.rows, "train/loss") == [(step, 1 / step) for step in range(1, 7)]
+    assert column(service.rows, "eval/sums/accuracy") == [(1, 0.2), (3, 0.4), (5, 0.6)]
 
 
 def wait_until(is_reached: Callable[[], bool], limit_s: float = 20.0) -> None:

@@ -32,11 +32,9 @@ class WeightsAndBiases:
             console="off", finish_timeout=FINISH_S, finish_timeout_raises=True,
             stop_fn=lambda: None,  # their button to stop a run would interrupt the learner
         )  # fmt: skip
-        is_online = os.environ.get("WANDB_MODE", "online") == "online"
         self._run = wandb.init(
             dir=folder.parent, id=run_id, name=name, config=dict(config), settings=settings,
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            resume="allow" if is_online else None, reinit="create_new",
+            project=os.environ.get("WANDB_PROJECT", PROJECT), resume="allow", reinit="create_new",
         )  # fmt: skip
         self._run.define_metric("step", hidden=True)
         for series in ("train/*", "eval/*"):
