@@ -176,6 +176,13 @@ def test_a_larger_screen_shows_more_and_a_smaller_one_what_matters_most(site: Si
     assert len(blocks_of(line_with(large, "reward"))) > len(blocks_of(line_with(small, "reward")))
 
 
+def test_a_loss_that_is_no_number_is_not_hidden(site: Site) -> None:
+    site.train(3)
+    site.add_lines(site.run_dir.metrics, step_line(4, policy_loss=float("nan"), expert_loss=float("inf")))
+    assert "nan" in line_with(site.screen(), "policy loss")
+    assert "inf" in line_with(site.screen(), "expert loss")
+
+
 def test_a_run_that_evaluates_at_its_end_says_what_it_waits_for(site: Site) -> None:
     site.train(NUM_STEPS)
     waited = "evaluations of versions [40]"

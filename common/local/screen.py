@@ -1,5 +1,6 @@
 """The live view of chord-local: one screen with what happens now, trend lines, who takes part, and the last news."""
 
+import math
 import textwrap
 import time
 from collections.abc import Sequence
@@ -130,7 +131,7 @@ def _trends(rows: Sequence[tuple[Trend, str, Series]], width: int, num_rows: int
     has_range = inner >= LABEL + VALUE + RANGE + MIN_BLOCKS
     label_width = LABEL if inner >= LABEL + VALUE + MIN_BLOCKS else LABEL // 2
     blocks = max(inner - label_width - VALUE - 2 - (RANGE if has_range else 0), 1)
-    last_step = max(step for _, _, series in rows for step, _ in series.points) if rows else 0
+    last_step = max((series.points[-1][0] for _, _, series in rows if series.points), default=0)
     lines: list[Text] = []
     for trend, label, series in rows[: max(num_rows, 1)]:
         low, high = trend.scale or series.scale
@@ -138,7 +139,8 @@ def _trends(rows: Sequence[tuple[Trend, str, Series]], width: int, num_rows: int
         name = label if len(label) < label_width else f"{label[: label_width - 2]}…"
         text = Text(f"{name:<{label_width}}", no_wrap=True, overflow="crop")
         text.append(f"{drawn:<{blocks}}", style="cyan")
-        text.append(f"  {series.last:>{VALUE}{trend.form}}", style="bold")
+        value = math.nan if series.last is None else series.last
+        text.append(f"  {value:>{VALUE}{trend.form}}", style="bold" if math.isfinite(value) else "bold red")
         if has_range:
             between = f"{low:{trend.form}} … {high:{trend.form}}"
             text.append(f"{between:>{RANGE}}", style="dim")

@@ -17,8 +17,8 @@ class Series:
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []
         """Step and value, oldest first."""
-        self.last = math.nan
-        """May be NaN or infinite, which no line shows."""
+        self.last: float | None = None
+        """May be NaN or infinite, which no block can show."""
         self._per_point = 1
         """How many values each of `points` is the mean of; the last one may be of fewer."""
         self._num_in_last = 0
@@ -41,13 +41,12 @@ class Series:
 
     @property
     def scale(self) -> tuple[float, float]:
-        values = [value for _, value in self.points]
+        """The least and the greatest value."""
+        values = [value for _, value in self.points] or [0.0]
         return min(values), max(values)
 
 
-def draw_trend(
-    points: Sequence[tuple[int, float]], *, last_step: int, width: int, scale: tuple[float, float]
-) -> str:  # fmt: skip
+def draw_trend(points: Sequence[tuple[int, float]], *, last_step: int, width: int, scale: tuple[float, float]) -> str:
     """One block for each share of the steps from 0 to `last_step`, `width` of them at most: the mean of its values.
 
     Where a share has none the one before goes on, so that all lines have the same axis. `scale`: lowest, highest block.
@@ -127,4 +126,4 @@ class Trends:
                     found.append((trend, trend.label if is_only else task, series))
             else:
                 found.append((trend, trend.label, self._of_steps[trend.field]))
-        return [row for row in found if row[2].points]
+        return [row for row in found if row[2].last is not None]
