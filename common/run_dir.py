@@ -63,6 +63,10 @@ class RunDir:
     def logs(self) -> Path:
         return self.path / "logs"
 
+    def sink(self, name: str) -> Path:
+        """What the sink of that name keeps here."""
+        return self.path / name
+
     def samples(self, step: int) -> Path:
         """The answers that version `step` was scored by, where eval.save_samples keeps them."""
         return self.path / "samples" / f"step-{step:08d}.jsonl"

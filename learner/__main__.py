@@ -21,6 +21,7 @@ from common.errors import OperatorError
 from common.keys.folder import check_server_keys
 from common.model_folder import require_model_folder
 from common.run_dir import RunDir
+from common.sinks import require_sinks
 from learner.checkpoints import Checkpoints
 from learner.launch import start_ranks
 
@@ -75,6 +76,7 @@ def _check_paths(config: Config, *, resume: bool) -> None:
     """What can be known to be wrong before anything heavy is imported."""
     require_model_folder(config.model.path)
     check_server_keys(config.network.keys)
+    require_sinks(config.run.sinks)
     folder = RunDir(Path(config.run.dir)).checkpoints
     if resume and not (folder.is_dir() and Checkpoints(folder, keep=1).all()):
         raise OperatorError(f"--resume: {folder} holds no checkpoint, expected one")

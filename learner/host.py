@@ -33,6 +33,7 @@ from learner.readings import readings_of
 from learner.reception import Door
 from learner.recorder import Recorder
 from learner.shaping import Shaping
+from learner.sinks.feed import open_feeds
 from learner.source import Source, Stopped
 from learner.status import StatusBoard
 from learner.step_rows import StepReader, open_experts
@@ -70,7 +71,7 @@ class Host:
         )
         self.ledger.check_rewind()
         self._check_agreement(experts)
-        self.recorder = Recorder(self.run_dir.path, self.ledger)
+        self.recorder = Recorder(self.run_dir.path, self.ledger, open_feeds(config, self.run_dir, self.ledger))
         self._open_network(chat)
         reader = StepReader(config, self.ledger.history, experts, chat)
         self.source = Source(
@@ -277,6 +278,7 @@ class Host:
         self.source.close()
         self.inbox.close()
         self.publisher.close()
+        self.recorder.sinks.close()
         self.server.close()
         if self._keys:
             self._keys.close()
@@ -293,6 +295,7 @@ class Host:
             "groups": vars(counts) if counts else {},
             "dropped": self.ledger.tallies.dropped() if counts else {},
             "evaluations_owed": self.publisher.owed_steps,
+            "sinks_failed": self.recorder.sinks.failures,
             "peers": [
                 {
                     "peer_id": peer.peer_id,

@@ -247,7 +247,7 @@ class Publisher:
         if owed and owed.hash != result.version.hash:
             return Outcome.REFUSED
         lines = [
-            {"step": result.version.step, **score.line(), "version_hash": result.version.hash}
+            {"step": result.version.step, **score.line(), "version_hash": result.version.hash, "time": time.time()}
             for score in result.scores
         ]
         outcome = self._ledger.evaluations.finish(result.version.step, lines)

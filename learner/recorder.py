@@ -1,4 +1,7 @@
-"""The recorder: metrics.jsonl, eval.jsonl and summary.json of a run. No step and no evaluation ever appears twice."""
+"""The recorder: metrics.jsonl, eval.jsonl, summary.json and the sinks of a run.
+
+No step and no evaluation ever appears twice.
+"""
 
 import json
 import time
@@ -11,6 +14,8 @@ from common.trajectory import TrajectoryGroup
 from learner.ledger.account import Account
 from learner.ledger.ledger import Ledger
 from learner.metrics import LearnerMetrics
+from learner.sinks.feed import Feeds
+from learner.sinks.sink import evaluation_point, step_point
 
 
 def describe_groups(
@@ -55,23 +60,28 @@ def describe_tasks(evaluations: Sequence[Mapping[str, Any]], *, num_steps: int) 
 class Recorder:
     """Writes what a run leaves to be read."""
 
-    def __init__(self, run_dir: Path, ledger: Ledger) -> None:
+    def __init__(self, run_dir: Path, ledger: Ledger, sinks: Feeds | None = None) -> None:
         self._run_dir = run_dir
         self._ledger = ledger
         self._metrics_path = run_dir / "metrics.jsonl"
         self._eval_path = run_dir / "eval.jsonl"
         self.prometheus = LearnerMetrics()
+        self.sinks = sinks or Feeds()
         self._started = time.monotonic()
         self._earlier_s = 0.0
 
     def restore(self) -> None:
-        """Write metrics.jsonl and eval.jsonl anew from the ledger, whatever a crash or a bad disk did to them."""
-        records = self._ledger.account.records()
+        """Write metrics.jsonl and eval.jsonl anew from the ledger, whatever a crash or a bad disk did to them.
+
+        The sinks begin with the same.
+        """
+        records, evaluations = self._ledger.account.records(), self._ledger.account.evaluations()
         if records:
             self._earlier_s = records[-1]["run_wall_s"]
             self.prometheus.restore(records[-1])
         _write_lines(self._metrics_path, records)
-        _write_lines(self._eval_path, self._ledger.account.evaluations())
+        _write_lines(self._eval_path, evaluations)
+        self.sinks.begin([*map(step_point, records), *map(evaluation_point, evaluations)])
 
     def add_step(self, record: dict[str, Any]) -> None:
         """The step is taken: note it in the ledger with its record, whose `step` counts completed steps.
@@ -82,10 +92,13 @@ class Recorder:
         if self._ledger.finish_batch(line["step"] - 1, json.dumps(line)):
             _append_lines(self._metrics_path, [line])
             self.prometheus.observe(line)
+            self.sinks.add(step_point(line))
 
     def add_evaluation(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """One version's scores, a line for each task."""
         _append_lines(self._eval_path, lines)
+        for line in lines:
+            self.sinks.add(evaluation_point(line))
 
     @property
     def run_wall_s(self) -> float:

@@ -233,6 +233,7 @@ AGREED += ['eval.benchmarks=["amc"]', "eval.max_benchmark_problems=5", "eval.top
 AGREED += ["eval.max_tokens=9"]
 FREE = ["run.dir=elsewhere", "run.num_actors=9", "learner.lr=1e-5", "learner.num_steps=7", "network.port=1"]
 FREE += [
+    'run.sinks=["wandb"]',
     "actor.engine=simulated",
     "eval.every_steps=3",
     "eval.engine=vllm",

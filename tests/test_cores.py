@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config.load import resolve_config
-from common.config.schema import Actor, Config, Learner, Run
+from common.config.run import Run
+from common.config.schema import Actor, Config, Learner
 from common.local.cores import describe_cores, handing_down, share_cores
 from common.local.supervisor import Component
 

@@ -138,8 +138,8 @@ def test_evaluators_are_no_actors(clock: HandClock) -> None:
 
 
 def test_both_shares_are_told_of_a_step_and_of_a_run() -> None:
-    assert describe_idle({"learner_wait_frac": 0.104, "actor_idle_frac": 0.87}) == "idle: learner 10% actors 87%"
-    assert describe_idle({"learner_wait_frac": 0.0, "actor_idle_frac": None}) == "idle: learner 0%"
+    assert describe_idle(learner=0.104, actors=0.87) == "idle: learner 10% actors 87%"
+    assert describe_idle(learner=0.0, actors=None) == "idle: learner 0%"
     summary = {
         "eval_tasks": {}, "groups_by_actor": {"a": 8}, "steps": 4, "wall_s": 60.0, "lost": 0, "duplicates": 0,
         "trajectories_trained": 64, "max_staleness_trained": 1, "learner_wait_frac": 0.02, "actor_idle_frac": 0.5,

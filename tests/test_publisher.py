@@ -219,8 +219,9 @@ def test_a_finished_evaluation_leaves_a_line_for_each_task_once(start: Start) ->
         "step": 0, "task": "sums", "num_problems": 2, "samples_per_problem": 2, "num_correct": 1, "accuracy": 0.25,
         "avg_at_k": 0.25, "num_unparsed": 1, "num_truncated": 0, "confidence_95": [0.25, 1.0],
         "pass_at_k": {"1": 0.25, "2": 0.5}, "mean_score": 0.25, "mean_answer_tokens": 3.0, "wall_s": 0.5,
-        "version_hash": version.hash,
+        "version_hash": version.hash, "time": lines[0]["time"],
     }  # fmt: skip
+    assert abs(lines[0]["time"] - time.time()) < 60
     (start.folder / "eval.jsonl").write_text("damaged")
     Recorder(start.folder, start.ledger).restore()
     assert read_lines(start.folder / "eval.jsonl") == lines

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.config.schema import Run
+from common.config.run import Run
 from common.errors import ComponentFailure, OperatorError
 from common.local.supervisor import Supervisor
 

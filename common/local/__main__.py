@@ -3,29 +3,31 @@
 import json
 import os
 import signal
+import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
+from typing import cast
 
 import typer
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command
 from common.config.schema import Config
 from common.environments import find_environment
 from common.errors import OperatorError
 from common.local.cores import describe_cores, share_cores
+from common.local.display import LiveView, PlainLines, can_be_drawn_on
 from common.local.progress import Progress, describe_summary
+from common.local.screen import View
 from common.local.supervisor import Supervisor
 from common.model_folder import require_model_folder
 from common.run_dir import RunDir
+from common.sinks import require_sinks
 from common.wire.ports import free_ports, is_free
 
 app = new_command("A whole CHORD run on this machine: learner, actors and evaluator as processes.")
 
-QUIET_S = 15.0
-"""Without a terminal: a line about the present at least this often."""
 POLL_S = 0.25
 MEMORY_EVERY_S = 5.0
 LEAVE_S = 10.0
@@ -57,6 +59,7 @@ def local(
 def require_parts(config: Config) -> None:
     """What can be known to be wrong before anything is started. Raises OperatorError."""
     require_model_folder(config.model.path)
+    require_sinks(config.run.sinks)
     if config.algorithm.trains_on_groups or config.eval.every_steps:
         find_environment(config.environment.name)
 
@@ -87,7 +90,7 @@ class LocalRun:
     def __init__(self, config: Config, run_dir: RunDir) -> None:
         self._config = config
         self._run_dir = run_dir
-        self._console = Console(highlight=False, soft_wrap=True)
+        run_dir.status.unlink(missing_ok=True)  # that of an earlier start
         self._progress = Progress(run_dir)
         self._supervisor = Supervisor(
             run_dir.config, run_dir.logs, config.run,
@@ -96,6 +99,9 @@ class LocalRun:
             first_metrics_port=config.actor.metrics_port,
             drain_s=config.actor.drain_s,
         )  # fmt: skip
+        console = Console(highlight=False)
+        is_live = can_be_drawn_on(console)
+        self._display = LiveView(console, self._view) if is_live else PlainLines(console, self._progress.now)
         self._pin()
         self._num_signals = 0
         self._peak_bytes = 0
@@ -109,43 +115,54 @@ class LocalRun:
         if shares:
             self._say(f"cores: {describe_cores(shares)}")
 
+    def _view(self, news: tuple[str, ...]) -> View:
+        title = f"{self._config.run.dir}, {self._config.algorithm.preset}"
+        return View(title, self._config.learner.num_steps, self._progress, self._supervisor.components, news)
+
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         names = ", ".join(component.name for component in self._supervisor.components)
-        self._say(f"{self._config.run.dir}: starting {names} (logs in {self._run_dir.logs})")
-        try:
-            self._supervisor.start()
-            self._follow()
-            self._supervisor.wait_for_peers(0.0 if self._num_signals else LEAVE_S)
-        finally:
-            self._supervisor.stop(is_impatient=lambda: self._num_signals > 1)
+        before = f" to go on after step {self._progress.num_steps_before}" if self._progress.num_steps_before else ""
+        self._say(f"{self._config.run.dir}: starting {names}{before} (logs in {self._run_dir.logs})")
+        with self._display:
+            try:
+                self._supervisor.start()
+                self._follow()
+                self._supervisor.wait_for_peers(0.0 if self._num_signals else LEAVE_S)
+            finally:
+                self._supervisor.stop(is_impatient=self._is_impatient)
         self._conclude()
 
     def _follow(self) -> None:
         """Until the learner has ended or the user has had enough."""
-        shown = measured = 0.0
-        with Live(console=self._console, refresh_per_second=4, transient=True) as live:
-            while self._supervisor.learner.exit_code != 0 and self._num_signals == 0:
-                news = self._supervisor.watch() + self._progress.read()
-                for line in news:
-                    self._say(line)
-                now = time.monotonic()
-                if self._console.is_terminal:
-                    live.update(Text(self._progress.now(), style="dim"))
-                elif news:
-                    shown = now
-                elif now - shown > QUIET_S:
-                    self._say(self._progress.now())
-                    shown = now
-                if now - measured > MEMORY_EVERY_S:
-                    self._peak_bytes = max(self._peak_bytes, self._supervisor.memory_bytes())
-                    measured = now
-                time.sleep(POLL_S)
+        measured = 0.0
+        while self._supervisor.learner.exit_code != 0 and self._num_signals == 0:
+            for line in self._supervisor.watch():
+                self._say(line)
+            self._show()
+            if time.monotonic() - measured > MEMORY_EVERY_S:
+                self._peak_bytes = max(self._peak_bytes, self._supervisor.memory_bytes())
+                measured = time.monotonic()
+            time.sleep(POLL_S)
+
+    def _show(self) -> None:
+        self._read()
+        self._display.show()
+
+    def _read(self) -> None:
+        for line in self._progress.read_news():
+            self._say(line)
+        for line in self._progress.read_steps():
+            self._display.say_step(line)
+
+    def _is_impatient(self) -> bool:
+        """Asked while everything is being stopped, which is shown too."""
+        self._show()
+        return self._num_signals > 1
 
     def _conclude(self) -> None:
-        for line in self._progress.read():
-            self._say(line)
+        self._read()
         self._say(
             f"peak memory of all processes {self._peak_bytes / 2**30:.1f} GiB, restarts {self._supervisor.num_restarts}"
         )
@@ -163,10 +180,11 @@ class LocalRun:
             self._say("stopping: actors drain, the learner ends its step and writes a checkpoint (again: stop at once)")
 
     def _say(self, line: str) -> None:
-        self._console.print(line, markup=False)
+        self._display.say(line)
 
 
 def main() -> None:
+    cast(TextIOWrapper, sys.stdout).reconfigure(errors="replace")  # a terminal that knows no μ is no reason to stop
     run_command("chord-local", app)
 
 

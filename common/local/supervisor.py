@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from common.config.schema import Run
+from common.config.run import Run
 from common.errors import OPERATOR_ERROR, ComponentFailure, OperatorError
 from common.local.cores import handing_down
 from common.local.signs import Signs
@@ -69,6 +69,13 @@ class Component:
     @property
     def exit_code(self) -> int | None:
         return self.process.poll() if self.process else None
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not running, though it should; empty where it is, has done its work, or was told to end."""
+        if self.exit_code in (None, 0, -signal.SIGTERM):
+            return ""
+        return f"crashed: {_describe_exit(self.exit_code)}"
 
     def start(self, now_s: float) -> None:
         """`now_s`: by the supervisor's clock."""
@@ -205,11 +212,8 @@ class Supervisor:
             )
         delay_s = min(0.25 * 2 ** min(num_crashes - 2, 10), LONGEST_DELAY_S) if num_crashes > 1 else 0.0
         component.due = now + delay_s
-        if code and code < 0:
-            ended = f"signal {signal.Signals(-code).name}: starting it again"
-        else:
-            ended = f"exit code {code}: starting it again ({component.last_words()})"
-        return f"{component.name} ended with {ended} (log: {component.log})"
+        last = "" if code and code < 0 else f" ({component.last_words()})"
+        return f"{component.name} ended with {_describe_exit(code)}: starting it again{last} (log: {component.log})"
 
     def stop(self, *, is_impatient: Callable[[], bool] = lambda: False) -> None:
         """SIGTERM to all, SIGKILL to what outstays its time or the user's patience; returns when all are gone."""
@@ -250,6 +254,10 @@ class Supervisor:
                 for process in _family(component.process.pid):
                     total += _pss(process)
         return total
+
+
+def _describe_exit(code: int | None) -> str:
+    return f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
 
 
 def _family(pid: int) -> list[psutil.Process]:

@@ -26,6 +26,7 @@ from learner.ledger.schema import SCHEMA_VERSION
 log = logging.getLogger(__name__)
 
 REWINDING = "rewinding_to"
+REWINDS = "rewinds"
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,11 @@ class Ledger(Leases):
                 f"{self._db.path}: a rewind was cut short, expected: chord-learner --rewind {step} again"
             )
 
+    @property
+    def num_rewinds(self) -> int:
+        """How often the run has been taken back."""
+        return int(self._db.fact(REWINDS) or 0)
+
     def rewind(self, step: int) -> int:
         """Go back to the state after `step` optimizer steps: whatever came later is dropped as rolled back, and its
         prompts will be leased again. Returns the number of groups dropped."""
@@ -227,4 +233,5 @@ class Ledger(Leases):
             self._db.execute("DELETE FROM versions WHERE step > ?", (step,))
             self._db.execute("DELETE FROM evaluations WHERE step > ?", (step,))
             self._db.set_fact(REWINDING, "")
+            self._db.increase(REWINDS)
             return len(dropped)

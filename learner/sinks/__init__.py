@@ -1,0 +1,1 @@
+"""Sinks: where a run's numbers are shown besides its own files."""
