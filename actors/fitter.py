@@ -19,13 +19,15 @@ import zmq.asyncio
 
 from actors.engine import Engine
 from common.config.schema import Network
+from common.config.weights import Weights
 from common.keys.folder import peer_keys
 from common.version import Version
 from common.weights.client import FetchCancelled, VersionGone, WeightClient
+from common.weights.relay import Relay
 from common.weights.snapshot import Snapshot
 from common.wire.codec import WireError, decode
 from common.wire.messages import Announcement, Welcome
-from common.wire.sockets import SocketLimits, open_socket
+from common.wire.sockets import SocketLimits, address_towards, open_socket
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +50,13 @@ class Fitter:
         name: str,
         in_flight: bool,
         welcome: Callable[[], Welcome | None],
+        weights: Weights | None = None,
     ) -> None:
-        """`name` is the peer's; `welcome` tells where the learner's weights are now; None while it is not known."""
+        """`name` is the peer's; `welcome` tells where the learner's weights are now; None while it is not known.
+
+        `weights`: how they come; None: from the learner alone, as for an evaluator, which is to have older ones too.
+        """
+        self._weights = weights
         self._welcome = welcome
         self._engine = engine
         self._network = network
@@ -61,6 +68,7 @@ class Fitter:
         self._limits = SocketLimits(network.heartbeat_s, network.silence_s, network.max_message_bytes)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
         self._client: WeightClient | None = None
+        self._relay: Relay | None = None
         self._address = ""
         self._held: Snapshot | None = None
         """The last one fetched: of the next, what differs is enough."""
@@ -111,7 +119,7 @@ class Fitter:
 
     async def close(self) -> None:
         self._is_closing = True
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._close_client)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close_sockets)
         self._thread.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -146,6 +154,8 @@ class Fitter:
         if self._client is None or self._address != address:
             self._close_client()
             self._address = address
+            if self._relay is None and self._weights and self._weights.relay:
+                self._relay = self._open_relay(self._weights)
             self._client = WeightClient(
                 zmq.Context.instance(),
                 address,
@@ -155,15 +165,29 @@ class Fitter:
                 timeout_s=self._network.learner_timeout_s,
                 retry_s=self._network.request_timeout_s,
                 keys=self._keys,
+                relay=self._relay,
             )
         self._held = self._client.fetch(version, lambda: self._is_wanted(port), base=self._held)
         self.received_bytes = self._client.received_bytes
         return self._held
 
+    def _open_relay(self, weights: Weights) -> Relay:
+        host = address_towards(self._network.host)
+        relay = Relay(
+            zmq.Context.instance(), host=host, limits=self._limits, timeout_s=weights.relay_timeout_s, keys=self._keys
+        )
+        log.info("passing versions on to other actors: tcp://%s:%d", host, relay.port)
+        return relay
+
     def _is_wanted(self, port: int) -> bool:
         """Whether to go on fetching from `port`: a restarted learner serves on another one."""
         now = self._welcome()
         return not self._is_closing and (now is None or now.weights_port == port)
+
+    def _close_sockets(self) -> None:
+        self._close_client()
+        if self._relay:
+            self._relay.close()
 
     def _close_client(self) -> None:
         if self._client:

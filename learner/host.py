@@ -140,6 +140,7 @@ class Host:
             limits=limits,
             announcements_port=network.announcements_port,
             max_connections=network.max_connections,
+            relay_width=config.weights.relay,
             keys=self._keys,
             watch=self.watchdog.watch("the learner's weight server", limit_s=config.run.watchdog_s),
             guard_watch=lambda purpose: self.watchdog.watch(f"the guard of {purpose}", limit_s=config.run.watchdog_s),

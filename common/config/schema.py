@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from common.config.evaluation import Eval
 from common.config.presets import FIXED_MU
 from common.config.section import Count, EngineKind, Fraction, Port, Positive, Seconds, Section
+from common.config.weights import Weights
 
 
 class StalenessPolicy(StrEnum):
@@ -321,6 +322,7 @@ class Config(Section):
     algorithm: Algorithm = Algorithm()  # pyright: ignore[reportCallIssue]
     learner: Learner = Learner()  # pyright: ignore[reportCallIssue]
     network: Network = Network()  # pyright: ignore[reportCallIssue]
+    weights: Weights = Weights()  # pyright: ignore[reportCallIssue]
     expert: Expert = Expert()  # pyright: ignore[reportCallIssue]
     eval: Eval = Eval()  # pyright: ignore[reportCallIssue]
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from common.version import Version
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Raised with every change that an older peer would misread."""
 
 MAX_LEASES = 1024
@@ -271,15 +271,21 @@ class Announcement(Message):
 class ManifestRequest(Message):
     kind: Literal["manifest_request"] = "manifest_request"
     version: Version
+    relay_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Where the peer passes versions on to others, and so may be sent to another one itself; 0: it does neither."""
 
 
 class ManifestReply(Message):
-    """One frame follows: the chunk hashes, one after the other. Zero bytes: the version is no longer kept."""
+    """One frame follows: the chunk hashes, one after the other. Zero bytes: the version is not kept here."""
 
     kind: Literal["manifest"] = "manifest"
     version: Version
     num_bytes: Number
     chunk_bytes: Annotated[int, Field(ge=1, le=1 << 26)]
+    relay: Annotated[str, Field(max_length=64)] = ""
+    """Who is to be asked for chunks: HOST:PORT of a peer that has them, or soon will; empty: whoever replied."""
+    progress: Number = 0
+    """Of a peer that still fetches the version: rises with all that comes in; 0: it does not fetch it."""
 
 
 class ChunkRequest(Message):
