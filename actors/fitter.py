@@ -18,8 +18,10 @@ import zmq
 import zmq.asyncio
 
 from actors.engine import Engine
+from actors.transfer import ReceivingEngine, TransferClient
 from common.config.schema import Network
 from common.config.weights import Weights
+from common.errors import OperatorError
 from common.keys.folder import peer_keys
 from common.version import Version
 from common.weights.client import FetchCancelled, VersionGone, WeightClient
@@ -66,6 +68,7 @@ class Fitter:
         """Called after every load."""
         self._keys = peer_keys(network.keys, name)
         self._limits = SocketLimits(network.heartbeat_s, network.silence_s, network.max_message_bytes)
+        self._transfers = self._make_transfers(name)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
         self._client: WeightClient | None = None
         self._relay: Relay | None = None
@@ -105,20 +108,47 @@ class Fitter:
         serving = self._engine.version
         if serving and (serving.run_id, serving.step, serving.hash) == (version.run_id, version.step, version.hash):
             return
-        snapshot = await self._fetch(version)
-        started = time.monotonic()
         # After a deliberate rewind versions fall; within one answer they never may.
         is_rewind = serving is not None and version.step < serving.step
-        await self._engine.load(snapshot, in_flight=self._in_flight and not is_rewind)
+        started, welcome = time.monotonic(), self._welcome()
+        is_there = (
+            self._transfers is not None
+            and welcome is not None
+            and not is_rewind
+            and await self._transfers.bring(version, welcome.courier_port)
+        )
+        if not is_there:
+            snapshot = await self._fetch(version)
+            started = time.monotonic()
+            await self._engine.load(snapshot, in_flight=self._in_flight and not is_rewind)
+            for old in self._folder.glob("*.safetensors"):
+                if old != snapshot.path:
+                    old.unlink()
         self.load_s = time.monotonic() - started
-        for old in self._folder.glob("*.safetensors"):
-            if old != snapshot.path:
-                old.unlink()
         log.info("serving %s (load %.2f s)", version, self.load_s)
         self.on_loaded()
 
+    def _make_transfers(self, name: str) -> TransferClient | None:
+        """Raises OperatorError where the engine takes files only."""
+        if not (self._weights and self._weights.is_direct):
+            return None
+        if not isinstance(self._engine, ReceivingEngine):
+            raise OperatorError(
+                f'weights.transport: got "{self._weights.transport}" with the {self._engine.name} engine, expected '
+                'vllm, or "zmq"'
+            )
+        if self._weights.transport == "nccl":
+            from common.weights.nccl import check_gpu
+
+            check_gpu()
+        return TransferClient(
+            self._engine, self._network, self._weights, name=name, limits=self._limits, keys=self._keys
+        )
+
     async def close(self) -> None:
         self._is_closing = True
+        if self._transfers:
+            self._transfers.close()
         await asyncio.get_running_loop().run_in_executor(self._thread, self._close_sockets)
         self._thread.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -22,6 +22,7 @@ from common.keys.folder import check_server_keys
 from common.model_folder import require_model_folder
 from common.run_dir import RunDir
 from learner.checkpoints import Checkpoints
+from learner.courier.process import check_courier
 from learner.launch import start_ranks
 
 app = new_command("The learner of a CHORD run: trains on what actors send and on expert rows, and broadcasts weights.")
@@ -75,6 +76,7 @@ def _check_paths(config: Config, *, resume: bool) -> None:
     """What can be known to be wrong before anything heavy is imported."""
     require_model_folder(config.model.path)
     check_server_keys(config.network.keys)
+    check_courier(config)
     folder = RunDir(Path(config.run.dir)).checkpoints
     if resume and not (folder.is_dir() and Checkpoints(folder, keep=1).all()):
         raise OperatorError(f"--resume: {folder} holds no checkpoint, expected one")

@@ -351,6 +351,7 @@ class Config(Section):
                 f"algorithm.overlong_buffer_tokens: got {self.algorithm.overlong_buffer_tokens} with overlong "
                 f'"soft_penalty", expected 1 to sampling.max_tokens ({self.sampling.max_tokens})'
             )
+        self.weights.check(engine=self.actor.engine, swap=self.actor.swap, lora_rank=self.learner.lora_rank)
         if self.actor.answer_timeout_s >= self.learner.group_timeout_s:
             raise ValueError(
                 f"actor.answer_timeout_s: got {self.actor.answer_timeout_s:g}, expected less than "
