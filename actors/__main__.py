@@ -31,12 +31,13 @@ def actor(
 ) -> None:
     """Run an actor until the run is over; SIGTERM drains it."""
     resolved = resolve_or_check(config, overrides, check=check).config
-    from actors.start import check_address, default_name
+    from actors.start import check_address, check_relay, default_name
     from common.wire.messages import Role
 
     require_model_folder(resolved.model.path)
     name = name or default_name(Role.ACTOR, resolved.network.keys)
     check_address(resolved, name)
+    check_relay(resolved, name)
     start_logging(name)
     with RunDir(Path(resolved.run.dir)).explains_bad_disk():
         asyncio.run(run_actor(resolved, name))
@@ -65,6 +66,7 @@ async def run_actor(config: Config, name: str) -> None:
         name=name,
         in_flight=config.actor.swap == "in_flight",
         welcome=lambda: link.welcome,
+        weights=config.weights,
     )
     worker = Worker(parts, link, fitter, metrics, config.actor, show=pulse.show)
     fitter.on_loaded = worker.note_load

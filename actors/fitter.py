@@ -18,14 +18,18 @@ import zmq
 import zmq.asyncio
 
 from actors.engine import Engine
+from actors.transfer import ReceivingEngine, TransferClient
 from common.config.schema import Network
+from common.config.weights import Weights
+from common.errors import OperatorError
 from common.keys.folder import peer_keys
 from common.version import Version
 from common.weights.client import FetchCancelled, VersionGone, WeightClient
+from common.weights.relay import Relay
 from common.weights.snapshot import Snapshot
 from common.wire.codec import WireError, decode
 from common.wire.messages import Announcement, Welcome
-from common.wire.sockets import SocketLimits, open_socket
+from common.wire.sockets import SocketLimits, address_towards, open_socket
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +52,13 @@ class Fitter:
         name: str,
         in_flight: bool,
         welcome: Callable[[], Welcome | None],
+        weights: Weights | None = None,
     ) -> None:
-        """`name` is the peer's; `welcome` tells where the learner's weights are now; None while it is not known."""
+        """`name` is the peer's; `welcome` tells where the learner's weights are now; None while it is not known.
+
+        `weights`: how they come; None: from the learner alone, as for an evaluator, which is to have older ones too.
+        """
+        self._weights = weights
         self._welcome = welcome
         self._engine = engine
         self._network = network
@@ -59,8 +68,10 @@ class Fitter:
         """Called after every load."""
         self._keys = peer_keys(network.keys, name)
         self._limits = SocketLimits(network.heartbeat_s, network.silence_s, network.max_message_bytes)
+        self._transfers = self._make_transfers(name)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
         self._client: WeightClient | None = None
+        self._relay: Relay | None = None
         self._address = ""
         self._held: Snapshot | None = None
         """The last one fetched: of the next, what differs is enough."""
@@ -99,23 +110,50 @@ class Fitter:
         serving = self._engine.version
         if serving and (serving.run_id, serving.step, serving.hash) == (version.run_id, version.step, version.hash):
             return
-        asked = time.monotonic()
-        snapshot = await self._fetch(version)
-        started = time.monotonic()
-        self.fetch_s = started - asked
         # After a deliberate rewind versions fall; within one answer they never may.
         is_rewind = serving is not None and version.step < serving.step
-        await self._engine.load(snapshot, in_flight=self._in_flight and not is_rewind)
+        asked, welcome = time.monotonic(), self._welcome()
+        started, self.fetch_s = asked, 0.0
+        is_there = (
+            self._transfers is not None
+            and welcome is not None
+            and not is_rewind
+            and await self._transfers.bring(version, welcome.courier_port)
+        )
+        if not is_there:
+            snapshot = await self._fetch(version)
+            started = time.monotonic()
+            self.fetch_s = started - asked
+            await self._engine.load(snapshot, in_flight=self._in_flight and not is_rewind)
+            for old in self._folder.glob("*.safetensors"):
+                if old != snapshot.path:
+                    old.unlink()
         self.load_s = time.monotonic() - started
-        for old in self._folder.glob("*.safetensors"):
-            if old != snapshot.path:
-                old.unlink()
         log.info("serving %s (load %.2f s)", version, self.load_s)
         self.on_loaded()
 
+    def _make_transfers(self, name: str) -> TransferClient | None:
+        """Raises OperatorError where the engine takes files only."""
+        if not (self._weights and self._weights.is_direct):
+            return None
+        if not isinstance(self._engine, ReceivingEngine):
+            raise OperatorError(
+                f'weights.transport: got "{self._weights.transport}" with the {self._engine.name} engine, expected '
+                'vllm, or "zmq"'
+            )
+        if self._weights.transport == "nccl":
+            from common.weights.nccl import check_gpu
+
+            check_gpu()
+        return TransferClient(
+            self._engine, self._network, self._weights, name=name, limits=self._limits, keys=self._keys
+        )
+
     async def close(self) -> None:
         self._is_closing = True
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._close_client)
+        if self._transfers:
+            self._transfers.close()
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close_sockets)
         self._thread.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -150,6 +188,8 @@ class Fitter:
         if self._client is None or self._address != address:
             self._close_client()
             self._address = address
+            if self._relay is None and self._weights and self._weights.relay:
+                self._relay = self._open_relay(self._weights)
             self._client = WeightClient(
                 zmq.Context.instance(),
                 address,
@@ -159,15 +199,29 @@ class Fitter:
                 timeout_s=self._network.learner_timeout_s,
                 retry_s=self._network.request_timeout_s,
                 keys=self._keys,
+                relay=self._relay,
             )
         self._held = self._client.fetch(version, lambda: self._is_wanted(port), base=self._held)
         self.received_bytes = self._earlier_bytes + self._client.received_bytes
         return self._held
 
+    def _open_relay(self, weights: Weights) -> Relay:
+        host = address_towards(self._network.host)
+        relay = Relay(
+            zmq.Context.instance(), host=host, limits=self._limits, timeout_s=weights.relay_timeout_s, keys=self._keys
+        )
+        log.info("passing versions on to other actors: tcp://%s:%d", host, relay.port)
+        return relay
+
     def _is_wanted(self, port: int) -> bool:
         """Whether to go on fetching from `port`: a restarted learner serves on another one."""
         now = self._welcome()
         return not self._is_closing and (now is None or now.weights_port == port)
+
+    def _close_sockets(self) -> None:
+        self._close_client()
+        if self._relay:
+            self._relay.close()
 
     def _close_client(self) -> None:
         if self._client:

@@ -28,6 +28,7 @@ from common.command import run_command
 from common.config.schema import Config, EngineKind
 from common.errors import ComponentFailure, OperatorError
 from common.keys.folder import only_peer_name, peer_keys
+from common.keys.pool import check_pool
 from common.wire.messages import Goodbye, Hello, Receipt, Role
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,12 @@ def check_address(config: Config, name: str) -> None:
     peer_keys(config.network.keys, name)
     if config.network.port == 0:
         raise OperatorError("network.port: got 0, expected the port that the learner listens on")
+
+
+def check_relay(config: Config, name: str) -> None:
+    """Raises OperatorError where `name` is to pass weights on with a key that no other actor has."""
+    if config.weights.relay and config.network.keys:
+        check_pool(name)
 
 
 def on_stop(action: Callable[[], None]) -> None:

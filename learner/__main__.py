@@ -23,6 +23,7 @@ from common.model_folder import require_model_folder
 from common.run_dir import RunDir
 from common.sinks import require_sinks
 from learner.checkpoints import Checkpoints
+from learner.courier.process import check_courier
 from learner.launch import start_ranks
 
 app = new_command("The learner of a CHORD run: trains on what actors send and on expert rows, and broadcasts weights.")
@@ -77,6 +78,7 @@ def _check_paths(config: Config, *, resume: bool) -> None:
     require_model_folder(config.model.path)
     check_server_keys(config.network.keys)
     require_sinks(config.run.sinks)
+    check_courier(config)
     folder = RunDir(Path(config.run.dir)).checkpoints
     if resume and not (folder.is_dir() and Checkpoints(folder, keep=1).all()):
         raise OperatorError(f"--resume: {folder} holds no checkpoint, expected one")

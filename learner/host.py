@@ -23,6 +23,7 @@ from common.wire.connections import MAX_NEWCOMERS, Bounds
 from common.wire.listener import Listener
 from common.wire.sockets import SocketLimits, reserve_descriptors
 from learner.checkpoints import Checkpoints
+from learner.courier.process import Courier
 from learner.expert.store import ExpertStore
 from learner.handover import Handover
 from learner.inbox import Inbox, LeaseTerms
@@ -144,10 +145,12 @@ class Host:
             limits=limits,
             announcements_port=network.announcements_port,
             max_connections=network.max_connections,
+            relay_width=config.weights.relay,
             keys=self._keys,
             watch=self.watchdog.watch("the learner's weight server", limit_s=config.run.watchdog_s),
             guard_watch=lambda purpose: self.watchdog.watch(f"the guard of {purpose}", limit_s=config.run.watchdog_s),
         )
+        self._courier = Courier(config) if config.weights.is_direct else None
         self.handover = Handover(config, self.ledger)
         self.publisher = Publisher(
             self.run_dir.weights("learner"),
@@ -159,6 +162,7 @@ class Host:
             chunk_bytes=network.chunk_bytes,
             timeout_s=config.learner.step_timeout_s,
             keep=self.handover.keep,
+            courier=self._courier,
         )
         door = Door(
             config.agreement_hash,
@@ -167,6 +171,7 @@ class Host:
             max_message_bytes=network.max_message_bytes,
             max_round_bytes=network.max_unacknowledged_bytes,
             silence_s=network.silence_s,
+            courier_port=self._courier.port if self._courier else 0,
         )
         terms = LeaseTerms(
             config.algorithm.group_size, config.sampling.temperature, config.sampling.max_tokens, config.run.seed,
@@ -280,6 +285,8 @@ class Host:
         self.publisher.close()
         self.recorder.sinks.close()
         self.server.close()
+        if self._courier:
+            self._courier.close()
         if self._keys:
             self._keys.close()
         self.ledger.close()

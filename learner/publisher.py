@@ -23,6 +23,7 @@ from common.weights.deltas import make_delta
 from common.weights.server import WeightServer
 from common.weights.snapshot import Snapshot, read_snapshot, write_snapshot
 from common.wire.messages import EvaluationResult, Outcome
+from learner.courier.process import Courier
 from learner.ledger.ledger import Ledger
 from learner.recorder import Recorder
 
@@ -75,6 +76,7 @@ class Publisher:
         chunk_bytes: int,
         timeout_s: float,
         keep: Callable[[Snapshot], None] = lambda _: None,
+        courier: Courier | None = None,
     ) -> None:
         """`last_steps` end a phase: their versions are evaluated in any case. `keep` sees each version first.
 
@@ -87,6 +89,7 @@ class Publisher:
         self._every_steps = every_steps
         self._last_steps = last_steps
         self._keep = keep
+        self._courier = courier
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
         self._publication: Publication | None = None
@@ -192,6 +195,8 @@ class Publisher:
     def _announce(self, snapshot: Snapshot, *, pin: bool) -> None:
         """The delta comes first: those who hear of a version before there is one fetch all of it."""
         base, self._base = self._base, snapshot
+        if self._courier:
+            self._courier.offer(snapshot)
         is_there = base is not None and base.path != snapshot.path  # a version that replaces another takes its file
         delta = make_delta(base, snapshot) if base and is_there else None
         self._recorder.prometheus.count_version(

@@ -27,6 +27,8 @@ class Door:
     """Bytes handled under one commit, but for the last message."""
     silence_s: float
     """A peer not heard for longer is gone; another process may have its name."""
+    courier_port: int = 0
+    """0: there is no courier."""
 
 
 class NotYourName(Exception):
@@ -68,6 +70,7 @@ class Reception:
         return Welcome(
             weights_port=self._door.weights_port,
             announcements_port=self._door.announcements_port,
+            courier_port=self._door.courier_port,
             newest=self._newest(),
         )
 

@@ -22,9 +22,13 @@ from tiny_model import adapt, make_tiny_model, replay, snapshot_of
 
 from actors.engine import Answer, EngineDead, FinishReason, SamplingParameters
 from actors.engines.vllm import VllmEngine
+from actors.transfer import TransferClient
+from common.config.load import resolve_config
 from common.config.schema import Actor
 from common.errors import OperatorError
 from common.weights.snapshot import Snapshot
+from common.wire.sockets import SocketLimits
+from learner.courier.process import Courier
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not importable"),
@@ -301,6 +305,85 @@ def test_a_caller_that_gives_up_on_a_load_leaves_the_engine_sampling(bench: Benc
     answer = bench.run(run)
     assert set(answer.versions.tolist()) == {2}
     assert_replays(answer, [4], bench.folders)
+
+
+class Delivery:
+    """The learner's courier, over gloo, and the actor's client of it."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        config = resolve_config(None, ["weights.transport=gloo", "learner.num_threads=1"]).config
+        limits = SocketLimits(0.5, 2.0, 8 << 20)
+        self.courier = Courier(config)
+        self.client = TransferClient(engine, config.network, config.weights, name="a", limits=limits, keys=None)
+
+    async def bring(self, snapshot: Snapshot) -> bool:
+        self.courier.offer(snapshot)
+        return await self.client.bring(snapshot.version, self.courier.port)
+
+    def close(self) -> None:
+        self.client.close()
+        self.courier.close()
+
+
+def test_what_the_courier_sends_is_sampled_on_from_the_next_token(bench: Bench):
+    """Over gloo, which is all that differs from NCCL on a machine without a GPU; a tied head among it."""
+    delivery, prompts = Delivery(bench.engine), [[index, 3, 5] for index in range(4)]
+
+    async def run() -> tuple[list[Answer], int]:
+        await bench.engine.load(bench.snapshots[1])
+        assert await delivery.bring(at_step(bench.snapshots[2], 2))
+        answers = asyncio.gather(*(bench.engine.sample(prompt, SamplingParameters(0.0, 200)) for prompt in prompts))
+        step = 2
+        while not answers.done():
+            await rounds(bench.engine, 20)
+            step += 1
+            assert await delivery.bring(at_step(bench.snapshots[2 - step % 2], step))
+        delivery.client.close()
+        return await answers, step
+
+    try:
+        answers, last_step = bench.run(run)
+    finally:
+        delivery.close()
+    folders = {step: bench.folders[2 - step % 2] for step in range(2, last_step + 1)}
+    assert any(len(set(answer.versions.tolist())) > 1 for answer in answers)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert_replays(answer, prompt, folders)
+
+
+def test_nothing_is_sampled_on_tensors_that_are_not_those_of_the_hash(
+    bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    delivery = Delivery(bench.engine)
+    damaged = dataclasses.replace(bench.snapshots[2], path=tmp_path / "damaged")
+    data = bytearray(bench.snapshots[2].path.read_bytes())
+    damaged.path.write_bytes(data)
+
+    async def run() -> Answer:
+        await bench.engine.load(bench.snapshots[1])
+        running = asyncio.create_task(bench.engine.sample([4], SamplingParameters(0.0, 400)))
+        await until_running(bench.engine, 1)
+        delivery.courier.offer(damaged)
+        connected = await delivery.client.bring(bench.snapshots[1].version, delivery.courier.port)  # it has read it
+        assert not connected
+        data[-1000] ^= 1
+        damaged.path.write_bytes(data)
+        assert not await delivery.client.bring(damaged.version, delivery.courier.port)
+        assert bench.engine.version is None
+        with pytest.raises(RuntimeError, match="ended by abort"):
+            await running
+        waiting = asyncio.create_task(bench.engine.sample([4], SamplingParameters(0.0, 20)))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        await bench.engine.load(bench.snapshots[2])
+        return await waiting
+
+    try:
+        assert_replays(bench.run(run), [4], bench.folders)
+    finally:
+        delivery.close()
+    assert "did not come by gloo" in caplog.text
+    assert "fetching it" in caplog.text
 
 
 def test_an_engine_process_that_is_killed_is_told_by_answers_and_probes(bench: Bench):

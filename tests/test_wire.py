@@ -50,6 +50,9 @@ from common.wire.messages import (
     Role,
     TaskScore,
     TrajectoryHeader,
+    TransferReply,
+    TransferRequest,
+    TransferStart,
     Welcome,
     Work,
     WorkRequest,
@@ -135,10 +138,13 @@ fields: dict[type[Message], dict[str, Any]] = {
     Receipt: {"outcome": st.sampled_from(Outcome), "reason": texts},
     Goodbye: {"reason": texts},
     Announcement: {"version": versions},
-    ManifestRequest: {"version": versions},
+    ManifestRequest: {"version": versions, "relay_port": st.integers(0, 65535)},
     ManifestReply: {"version": versions, "num_bytes": numbers, "chunk_bytes": st.integers(1, 1 << 26)},
     ChunkRequest: {"version": versions, "index": numbers},
     Chunk: {"version": versions, "index": numbers},
+    TransferRequest: {"version": versions, "num_workers": st.integers(1, 4096), "is_member": st.booleans()},
+    TransferReply: {"version": versions, "invitation": texts, "reason": texts},
+    TransferStart: {"version": versions},
 }
 envelope_fields = {"run_id": st.text("ab-", max_size=64), "incarnation": numbers, "request_id": numbers}
 messages = st.one_of([st.builds(kind, **envelope_fields, **own) for kind, own in fields.items()])

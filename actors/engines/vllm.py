@@ -1,7 +1,7 @@
 """The vLLM engine: all answers of an actor in one continuous batch, on a GPU or a CPU.
 
-With vllm_weights and vllm_pressure beside it the only file that reaches vLLM, and only through its public interfaces
-for RL and statistics. A load:
+With vllm_weights, vllm_transfer and vllm_pressure beside it, and common.weights.nccl, the only file that reaches vLLM,
+and only through its public interfaces for RL and statistics. A load:
 
 1. the snapshot's tensor names and shapes are compared with the model's; a wrong snapshot ends here;
 2. vLLM pauses and keeps its running answers, or lets them end; new answers wait;
@@ -18,9 +18,10 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Awaitable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,12 @@ import numpy as np
 from actors.engine import Answer, EngineDead, FinishReason, Pressure, SamplingParameters, check_prompt
 from actors.engines.vllm_pressure import PressureGauge
 from actors.engines.vllm_weights import BACKEND, Owner
+from actors.transfer import Transfer
 from common.config.schema import Actor
 from common.errors import OperatorError
 from common.version import Version
 from common.wait import wait_for
-from common.weights.policy import check_fit, shapes_of_base
+from common.weights.policy import check_fit, check_shapes, shapes_of_base
 from common.weights.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -44,6 +46,19 @@ if TYPE_CHECKING:
 
 TESTED_RELEASE = ("0", "32")
 HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One exchange of weights."""
+
+    version: Version
+    update: dict[str, Any]
+    """What the workers are told; see vllm_weights."""
+    mode: Any
+    """What becomes of running answers."""
+    begin: Callable[[], Awaitable[None]] | None = None
+    """Awaited when all is ready. Where there is one, a failure is followed by a load."""
 
 
 class VllmEngine:
@@ -102,22 +117,44 @@ class VllmEngine:
             tied = self._llm.model_config.hf_config.tie_word_embeddings
             base = self._model_path
             check_fit(snapshot.path, shapes_of_base(base), base=base, optional={HEAD} if tied else set())
+            swap = Swap(snapshot.version, {"path": str(snapshot.path.resolve())}, mode="keep" if in_flight else "wait")
             # Shielded: a caller that gives up must not leave vLLM paused or half loaded.
             with named_death():
-                await asyncio.shield(self._swap(self._llm, snapshot, mode="keep" if in_flight else "wait"))
+                await asyncio.shield(self._swap(self._llm, swap))
 
-    async def _swap(self, llm: "AsyncLLM", snapshot: Snapshot, *, mode: Any) -> None:
+    async def receive(self, transfer: Transfer, *, begin: Callable[[], Awaitable[None]]) -> None:
+        """Load a version that the courier sends once `begin` has told it to, under running answers.
+
+        Raises where it fails. Then answers end, and new ones wait for the next `load`.
+        """
+        assert self._llm is not None, "receive before start"
+        async with self._load_turn:
+            tied, base = self._llm.model_config.hf_config.tie_word_embeddings, self._model_path
+            optional = {HEAD} if tied else set[str]()
+            check_shapes(transfer.shapes, shapes_of_base(base), where="the courier", base=base, optional=optional)
+            swap = Swap(transfer.version, {"transfer": transfer.order(self.num_workers)}, mode="keep", begin=begin)
+            with named_death():
+                await asyncio.shield(self._swap(self._llm, swap))
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that share the model."""
+        return self._llm.vllm_config.parallel_config.world_size if self._llm else 1
+
+    async def _swap(self, llm: "AsyncLLM", swap: "Swap") -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        step = snapshot.version.step
-        update = WeightTransferUpdateRequest({"path": str(snapshot.path.resolve())})
+        step, mode = swap.version.step, swap.mode
+        update = WeightTransferUpdateRequest(swap.update)
         self._is_open.clear()
         try:
             await self._within(llm.pause_generation(mode=mode, clear_cache=False), f"a pause (version {step})")
             try:
                 await self._within(llm.start_weight_update(), f"the begin of an update (version {step})")
+                if swap.begin:
+                    await swap.begin()
                 await self._within(llm.update_weights(update), f"an update of its weights (version {step})")
-                label = label_of(snapshot.version)
+                label = label_of(swap.version)
                 await self._within(llm.finish_weight_update(weight_version=label), f"an update's end (version {step})")
             except Exception:
                 self._version = (
@@ -125,11 +162,12 @@ class VllmEngine:
                 )
                 await self._within(llm.pause_generation(mode="abort"), "the end of answers on half loaded weights")
                 raise
-            self._version = snapshot.version
+            self._version = swap.version
             self._num_loads += 1
             await self._within(llm.resume_generation(), f"a new begin (version {step})")
         finally:
-            self._is_open.set()
+            if self._version or swap.begin is None:
+                self._is_open.set()
 
     async def _within(self, awaited: Awaitable[None], phase: str) -> None:
         await wait_for(awaited, phase, whom="the vllm engine", limit_s=self._actor.load_timeout_s)

@@ -1,4 +1,5 @@
-"""Runs inside vLLM's own processes: loads a snapshot file into the model, and dies with the actor.
+"""Runs inside vLLM's own processes: loads a snapshot file, or what the courier sends, into the model, and dies with the
+actor.
 
 vLLM finds `register` through the entry-point group `vllm.general_plugins` and calls it in every process that it starts.
 With actors.engines.vllm and vllm_pressure the only file that reaches vLLM.
@@ -9,10 +10,15 @@ import os
 import select
 import signal
 import threading
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from actors.engines.vllm_transfer import TransferEnd, TransferOrder, make_receiver
 from common.weights.policy import tensors_of_policy
 
 BACKEND = "chord"
@@ -32,15 +38,23 @@ def register() -> None:
         """There is no connection to set up."""
 
     @dataclass
-    class SnapshotFile(WeightTransferUpdateInfo):
-        path: str
-        """A snapshot with every tensor of the policy (a tied head may be left out), or with adapters to its base."""
+    class Update(WeightTransferUpdateInfo):
+        """One of the two."""
 
-    class SnapshotTransfer(WeightTransferEngine[Nothing, SnapshotFile]):
+        path: str = ""
+        """A snapshot with every tensor of the policy (a tied head may be left out), or with adapters to its base."""
+        transfer: dict[str, Any] | None = None
+        """A TransferOrder."""
+
+    class SnapshotTransfer(WeightTransferEngine[Nothing, Update]):
         """All happens in `receive_weights`: nothing before it touches the model, nothing is left to do after it."""
 
         init_info_cls = Nothing
-        update_info_cls = SnapshotFile
+        update_info_cls = Update
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self._end = TransferEnd(lambda order: make_receiver(order, self), rank=self.parallel_config.rank)
 
         def init_transfer_engine(self, init_info: Nothing) -> None: ...
 
@@ -48,7 +62,8 @@ def register() -> None:
 
         def finish_weight_update(self) -> None: ...
 
-        def shutdown(self) -> None: ...
+        def shutdown(self) -> None:
+            self._end.close()
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
             if self.device.type == "cpu":  # the base class synchronises an accelerator that is not there
@@ -56,8 +71,11 @@ def register() -> None:
             else:
                 super().update_weights(update_info)
 
-        def receive_weights(self, update_info: SnapshotFile) -> None:
-            load_snapshot(self.model, self.model_config, Path(update_info.path))
+        def receive_weights(self, update_info: Update) -> None:
+            if update_info.transfer:
+                receive_version(self.model, self.model_config, self._end, TransferOrder(**update_info.transfer))
+            else:
+                load_snapshot(self.model, self.model_config, Path(update_info.path))
 
     # It warns of layers without weights of their own, tied heads and rotary embeddings, at every load.
     logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
@@ -66,16 +84,33 @@ def register() -> None:
 
 
 def load_snapshot(model: Any, model_config: Any, path: Path) -> None:
-    """Load all weights by vLLM's layerwise reload, which also works where linear layers keep only packed weights.
+    """Adapters are merged into the weights of the folder that the engine was started from."""
+    with reloading(model, model_config):
+        load_tensors(model, model_config, tensors_of_policy(path, Path(model_config.model)))
 
-    Adapters are merged into the weights of the folder that the engine was started from.
-    """
+
+def receive_version(model: Any, model_config: Any, end: TransferEnd, order: TransferOrder) -> None:
+    """Raises where any of it is wrong or late; then the model is half loaded."""
+
+    def load(tensors: Sequence[tuple[str, Tensor]]) -> None:
+        load_tensors(model, model_config, tensors)
+
+    with reloading(model, model_config):
+        end.receive(order, load)
+
+
+def load_tensors(model: Any, model_config: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    model.load_weights((name, tensor.to(model_config.dtype)) for name, tensor in tensors)
+
+
+@contextmanager
+def reloading(model: Any, model_config: Any) -> Generator[None]:
+    """All weights are loaded by vLLM's layerwise reload, which also works where linear layers keep only packed ones."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    tensors = tensors_of_policy(path, Path(model_config.model))
     initialize_layerwise_reload(model)
     try:
-        model.load_weights((name, tensor.to(model_config.dtype)) for name, tensor in tensors)
+        yield
     finally:  # also after a failure, so that the next load begins anew
         finalize_layerwise_reload(model, model_config)
     pack_tied_heads(model)

@@ -12,6 +12,7 @@ from common.config.evaluation import Eval
 from common.config.presets import FIXED_MU
 from common.config.run import Run
 from common.config.section import Count, EngineKind, Fraction, Port, Positive, Seconds, Section
+from common.config.weights import Weights
 
 
 class StalenessPolicy(StrEnum):
@@ -311,6 +312,7 @@ class Config(Section):
     algorithm: Algorithm = Algorithm()  # pyright: ignore[reportCallIssue]
     learner: Learner = Learner()  # pyright: ignore[reportCallIssue]
     network: Network = Network()  # pyright: ignore[reportCallIssue]
+    weights: Weights = Weights()  # pyright: ignore[reportCallIssue]
     expert: Expert = Expert()  # pyright: ignore[reportCallIssue]
     eval: Eval = Eval()  # pyright: ignore[reportCallIssue]
 
@@ -339,6 +341,7 @@ class Config(Section):
                 f"algorithm.overlong_buffer_tokens: got {self.algorithm.overlong_buffer_tokens} with overlong "
                 f'"soft_penalty", expected 1 to sampling.max_tokens ({self.sampling.max_tokens})'
             )
+        self.weights.check(engine=self.actor.engine, swap=self.actor.swap, lora_rank=self.learner.lora_rank)
         if self.actor.answer_timeout_s >= self.learner.group_timeout_s:
             raise ValueError(
                 f"actor.answer_timeout_s: got {self.actor.answer_timeout_s:g}, expected less than "

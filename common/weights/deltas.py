@@ -3,11 +3,14 @@
 import os
 import tempfile
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
-from common.weights.delta import encode
+from common.weights.delta import Coding, encode
 from common.weights.snapshot import Snapshot, read_chunks
+from common.wire.codec import Buffer
 from common.wire.messages import MAX_DELTAS
 
 
@@ -48,6 +51,44 @@ def make_delta(base: Snapshot, new: Snapshot) -> Delta | None:
         file.close()
         raise
     return Delta(base.version.hash, new.version.hash, file, tuple(offsets))
+
+
+class Recording:
+    """The deltas of a version's chunks as they came in, in any order."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- closed with the recording
+        self._spans: dict[int, tuple[int, int]] = {}
+        self._end = 0
+
+    def add(self, index: int, frames: Sequence[Buffer], *, num_deltas: int) -> bool:
+        """False where they are a chain: it is no delta from one version to the next."""
+        if num_deltas > 1:
+            return False
+        data = frames[0] if num_deltas else b"".join([bytes([Coding.RAW]), frames[0]])
+        self._file.write(data)
+        self._spans[index] = self._end, len(data)
+        self._end += len(data)
+        return True
+
+    def finish(self, base: Snapshot, new: Snapshot) -> Delta | None:
+        """What turns `base` into `new`, where all of it was recorded."""
+        with self._file:
+            if len(self._spans) < new.manifest.num_chunks:
+                return None
+            self._file.flush()
+            file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 -- it lives as long as the delta
+            offsets = [0]
+            for index in range(new.manifest.num_chunks):
+                begin, length = self._spans[index]
+                file.write(os.pread(self._file.fileno(), length, begin))
+                offsets.append(offsets[-1] + length)
+            file.flush()
+            return Delta(base.version.hash, new.version.hash, file, tuple(offsets))
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Deltas:

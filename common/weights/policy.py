@@ -56,12 +56,18 @@ def check_fit(path: Path, expected: Mapping[str, Shape], *, base: Path, optional
     `optional` ones may be left out. Raises ValueError where a tensor does not fit, OperatorError where adapters are not
     of the model in the folder `base`.
     """
-    got = _shapes_of_policy(path, base)
+    check_shapes(_shapes_of_policy(path, base), expected, where=str(path), base=base, optional=optional)
+
+
+def check_shapes(
+    got: Mapping[str, Shape], expected: Mapping[str, Shape], *, where: str, base: Path, optional: AbstractSet[str]
+) -> None:
+    """Raises ValueError where they are not the `expected` ones, those of the folder `base`."""
     wrong = {name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)} - optional
     if wrong:
         name = min(wrong)
         raise ValueError(
-            f"{path}: {len(wrong)} tensors do not fit {base}, first {name}: "
+            f"{where}: {len(wrong)} tensors do not fit {base}, first {name}: "
             f"got {got.get(name, 'none')}, expected {expected.get(name, 'none')}"
         )
 

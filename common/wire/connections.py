@@ -82,6 +82,14 @@ class Connection:
     def is_open(self) -> bool:
         return self.socket is not None and not self.is_closed_by_us
 
+    @property
+    def host(self) -> str:
+        """The peer's address; empty where the connection has ended."""
+        try:
+            return self.socket.getpeername()[0] if self.socket else ""
+        except OSError:
+            return ""
+
     def received_bytes(self) -> int:
         """What it has brought so far, as the kernel counts."""
         own = self.socket

@@ -18,6 +18,7 @@ from typing import Any
 import zmq
 
 from common.keys.allowed import ServerKeys
+from common.keys.pool import PoolKeys
 from common.watchdog import Watch
 from common.wire.codec import MAX_FRAMES, Buffer
 from common.wire.connections import FRAME_BYTES, Bounds, Closing, Connection, Connections
@@ -52,7 +53,7 @@ class Listener:
 
     def __init__(
         self, context: "zmq.Context[Any]", kind: int, *, host: str, port: int, purpose: str, limits: SocketLimits,
-        bounds: Bounds, keys: ServerKeys | None = None, watch: Watch | None = None,
+        bounds: Bounds, keys: ServerKeys | PoolKeys | None = None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
         """Raises OperatorError where the port is taken."""
         self._purpose = purpose

@@ -2,7 +2,7 @@
 
 Life of a peer: Hello → Welcome; then WorkRequest → Work, groups and evaluation results → Receipt, until Goodbye.
 Weights travel beside it: an Announcement to all, then ManifestRequest → ManifestReply and ChunkRequest → Chunk, each
-peer at its own pace.
+peer at its own pace; or directly, TransferRequest → TransferReply, TransferStart.
 """
 
 from enum import StrEnum
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from common.version import Version
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Raised with every change that an older peer would misread."""
 
 MAX_LEASES = 1024
@@ -96,6 +96,8 @@ class Welcome(Message):
     kind: Literal["welcome"] = "welcome"
     weights_port: Annotated[int, Field(ge=1, le=65535)]
     announcements_port: Annotated[int, Field(ge=1, le=65535)]
+    courier_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Where versions are handed over directly; 0: nowhere."""
     newest: Version | None
 
 
@@ -271,15 +273,21 @@ class Announcement(Message):
 class ManifestRequest(Message):
     kind: Literal["manifest_request"] = "manifest_request"
     version: Version
+    relay_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Where the peer passes versions on to others, and so may be sent to another one itself; 0: it does neither."""
 
 
 class ManifestReply(Message):
-    """One frame follows: the chunk hashes, one after the other. Zero bytes: the version is no longer kept."""
+    """One frame follows: the chunk hashes, one after the other. Zero bytes: the version is not kept here."""
 
     kind: Literal["manifest"] = "manifest"
     version: Version
     num_bytes: Number
     chunk_bytes: Annotated[int, Field(ge=1, le=1 << 26)]
+    relay: Annotated[str, Field(max_length=64)] = ""
+    """Who is to be asked for chunks: HOST:PORT of a peer that has them, or soon will; empty: whoever replied."""
+    progress: Number = 0
+    """Of a peer that still fetches the version: rises with all that comes in; 0: it does not fetch it."""
 
 
 class ChunkRequest(Message):
@@ -303,9 +311,42 @@ class Chunk(Message):
     """0: the bytes themselves."""
 
 
+class TransferRequest(Message):
+    """An engine wants a version over a group that it shares with the courier."""
+
+    kind: Literal["transfer_request"] = "transfer_request"
+    version: Version
+    num_workers: Annotated[int, Field(ge=1, le=4096)]
+    is_member: bool
+    """Whether they are in the group that they were invited to last."""
+
+
+class TransferReply(Message):
+    """The courier's turn has come; a frame follows, the outlines of the tensors as JSON. Sending begins with a
+    TransferStart, and not without one."""
+
+    kind: Literal["transfer"] = "transfer"
+    version: Version
+    transport: Annotated[str, Field(max_length=16)] = ""
+    invitation: Annotated[str, Field(max_length=512)] = ""
+    """To a new group; empty: to that of last time."""
+    fingerprint: Annotated[str, Field(max_length=64)] = ""
+    """Of all tensors of the version; see common.weights.fingerprint."""
+    reason: Reason = ""
+    """Why there is no transfer; empty: there is one."""
+
+
+class TransferStart(Message):
+    """All workers are about to receive."""
+
+    kind: Literal["transfer_start"] = "transfer_start"
+    version: Version
+
+
 AnyMessage = Annotated[
     Hello | Welcome | Refusal | WorkRequest | Work | GroupHeader | LeaseFailure | EvaluationResult | Receipt | Goodbye
-    | Announcement | ManifestRequest | ManifestReply | ChunkRequest | Chunk,
+    | Announcement | ManifestRequest | ManifestReply | ChunkRequest | Chunk | TransferRequest | TransferReply
+    | TransferStart,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Sockets with every option set on purpose, and the one place where they are bound."""
 
 import resource
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,14 @@ def reserve_descriptors(count: int) -> None:
         )
     if soft != resource.RLIM_INFINITY and soft < possible:
         resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+
+
+def address_towards(host: str) -> str:
+    """This machine's own address on the way to `host`; nothing is sent."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 def bind(socket: "zmq.Socket[bytes]", host: str, port: int, purpose: str) -> int:

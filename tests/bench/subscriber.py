@@ -1,8 +1,8 @@
 """One subscriber to weights, in a process of its own: waits for a version as it is told, and says when it had it.
 
-`python -m tests.bench.subscriber WEIGHTS_PORT ANNOUNCEMENTS_PORT FOLDER`. Its orders come as lines: `full VERSION`
-fetches that one; `delta` and `full` fetch the next that is announced; `file PATH` reads a file once it is there.
-Answers are times of the clock that all processes share.
+`python -m tests.bench.subscriber WEIGHTS_PORT ANNOUNCEMENTS_PORT FOLDER [relay]`, which passes versions on where it is
+to. Its orders come as lines: `full VERSION` fetches that one; `delta` and `full` fetch the next that is announced;
+`file PATH` reads a file once it is there. Answers are times of the clock that all processes share.
 """
 
 import sys
@@ -15,6 +15,7 @@ import zmq
 
 from common.version import Version
 from common.weights.client import WeightClient
+from common.weights.relay import Relay
 from common.weights.snapshot import Snapshot
 from common.wire.codec import decode
 from common.wire.messages import Announcement
@@ -28,14 +29,16 @@ LOOK_S = 0.01
 class Subscriber:
     """As an actor has it: announcements, a weight client, and the last snapshot."""
 
-    def __init__(self, weights_port: int, announcements_port: int, folder: Path) -> None:
+    def __init__(self, weights_port: int, announcements_port: int, folder: Path, *, relays: bool) -> None:
         context: zmq.Context[Any] = zmq.Context.instance()
         self._announcements = open_socket(context, zmq.SUB, LIMITS)
         self._announcements.setsockopt(zmq.SUBSCRIBE, b"")
         self._announcements.connect(f"tcp://127.0.0.1:{announcements_port}")
+        relay = Relay(context, host="127.0.0.1", limits=LIMITS, timeout_s=10.0) if relays else None
         self._client = WeightClient(
-            context, f"tcp://127.0.0.1:{weights_port}", folder, limits=LIMITS, credit=8, timeout_s=60.0, retry_s=10.0
-        )
+            context, f"tcp://127.0.0.1:{weights_port}", folder, limits=LIMITS, credit=8, timeout_s=60.0, retry_s=10.0,
+            relay=relay,
+        )  # fmt: skip
         self._held: Snapshot | None = None
 
     def obey(self, order: str) -> float:
@@ -69,7 +72,7 @@ def read_file(path: Path) -> None:
 
 
 def main() -> None:
-    subscriber = Subscriber(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    subscriber = Subscriber(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), relays="relay" in sys.argv[4:])
     print("ready", flush=True)
     for line in sys.stdin:
         print(subscriber.obey(line.strip()), flush=True)

@@ -46,6 +46,8 @@ NUM_STEPS = 4
 NUM_SUBSCRIBERS = (1, 4, 16)
 ROUNDS = {1: 6, 4: 6, 16: 3}
 """Publications of each kind, by the number of subscribers; kinds alternate."""
+RELAYS, RELAY_WIDTH = 16, 2
+"""Subscribers that pass versions on, and to how many each."""
 CHUNK_BYTES = 2 << 20
 NUM_ANSWERS, ANSWER_TOKENS = 16, 400
 LIMITS = SocketLimits(heartbeat_s=1.0, silence_s=4.0, max_frame_bytes=64 << 20)
@@ -61,6 +63,7 @@ def measure(say: Say) -> list[Figure]:
             versions = train_versions(lr, num_steps=NUM_STEPS, folder=folder)
             figures += measure_bytes(versions, folder, say)
             figures += measure_times(versions, folder, say)
+        figures += measure_relay(versions, folder, say)
         figures += measure_pause(versions, folder, say)
     finally:
         shutil.rmtree(folder)
@@ -129,18 +132,22 @@ def measure_bytes(versions: Versions, folder: Path, say: Say) -> list[Figure]:
 class Broadcast:
     """A learner's publisher, and a number of subscribers."""
 
-    def __init__(self, versions: Sequence[Tensors], folder: Path, *, num_subscribers: int) -> None:
+    def __init__(
+        self, versions: Sequence[Tensors], folder: Path, *, num_subscribers: int, relay_width: int = 0
+    ) -> None:
         self._versions, self._folder, self._step = versions, folder, -1
         self._ledger = Ledger(folder / "ledger.sqlite", groups_per_step=1, max_staleness=0)
-        self._server = WeightServer(zmq.Context.instance(), host="127.0.0.1", port=0, limits=LIMITS)
+        self._server = WeightServer(
+            zmq.Context.instance(), host="127.0.0.1", port=0, limits=LIMITS, relay_width=relay_width
+        )
         self._publisher = Publisher(
             folder / "learner", self._server, self._ledger, Recorder(folder, self._ledger), every_steps=0,
             last_steps=(), chunk_bytes=CHUNK_BYTES, timeout_s=60.0,
         )  # fmt: skip
-        ports = [str(self._server.port), str(self._server.announcements_port)]
+        ports, relays = [str(self._server.port), str(self._server.announcements_port)], ["relay"] * (relay_width > 0)
         self._subscribers = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.bench.subscriber", *ports, str(folder / f"subscriber-{number}")],
+                [sys.executable, "-m", "tests.bench.subscriber", *ports, str(folder / f"subscriber-{number}"), *relays],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )
             for number in range(num_subscribers)
@@ -163,6 +170,11 @@ class Broadcast:
         ended = max(map(float, self._answers()))
         (self._folder / "shared.safetensors").unlink(missing_ok=True)
         return ended - started
+
+    @property
+    def sent_bytes(self) -> int:
+        """By the learner, so far."""
+        return self._server.sent_bytes
 
     def close(self) -> None:
         for process in self._subscribers:
@@ -197,9 +209,11 @@ class Broadcast:
 
 
 @contextmanager
-def broadcast(versions: Sequence[Tensors], folder: Path, *, num_subscribers: int) -> Iterator[Broadcast]:
+def broadcast(
+    versions: Sequence[Tensors], folder: Path, *, num_subscribers: int, relay_width: int = 0
+) -> Iterator[Broadcast]:
     folder.mkdir()
-    made = Broadcast(versions, folder, num_subscribers=num_subscribers)
+    made = Broadcast(versions, folder, num_subscribers=num_subscribers, relay_width=relay_width)
     try:
         yield made
     finally:
@@ -228,6 +242,22 @@ def measure_times(versions: Versions, folder: Path, say: Say) -> list[Figure]:
             conditions = "deltas; learner and all subscribers on 2 cores"
             figures.append(Figure(what, "s", medians["delta"], "to one", one, FAN_OUT_BAR, conditions))
     return figures
+
+
+def measure_relay(versions: Versions, folder: Path, say: Say) -> list[Figure]:
+    """What the learner sends to many, where they pass a version on, and where it sends to each."""
+    sent, seconds = dict[int, int](), dict[int, float]()
+    for width in (RELAY_WIDTH, 0):
+        with broadcast(versions.tensors, folder / "relay", num_subscribers=RELAYS, relay_width=width) as running:
+            before = running.sent_bytes
+            seconds[width] = statistics.median(running.seconds("delta") for _ in range(ROUNDS[RELAYS]))
+            sent[width] = (running.sent_bytes - before) // ROUNDS[RELAYS]
+    found = ", ".join(f"{width}: {sent[width]:,} bytes in {seconds[width]:.2f} s" for width in sent)
+    say(f"{RELAYS} subscribers, by weights.relay: {found}")
+    what = f"bytes of the learner's to all of {RELAYS}, lr {versions.lr:g}"
+    times = f"{seconds[RELAY_WIDTH]:.2f} s to the last against {seconds[0]:.2f} s"
+    conditions = f"deltas; weights.relay = {RELAY_WIDTH}; {times}"
+    return [Figure(what, "bytes", sent[RELAY_WIDTH], "without relays", sent[0], conditions=conditions)]
 
 
 def measure_pause(versions: Versions, folder: Path, say: Say) -> list[Figure]:

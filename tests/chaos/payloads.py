@@ -25,6 +25,8 @@ from common.wire.messages import (
     ManifestRequest,
     Message,
     Role,
+    TransferRequest,
+    TransferStart,
     WorkRequest,
 )
 from tests.test_inbox import make_group, result_for
@@ -54,6 +56,7 @@ def good_messages(version: Version, lease_id: str) -> list[list[bytes]]:
         WorkRequest(state=ActorState.SERVING, capacity=3, serving=version, held=(lease_id, "2.b")),
         LeaseFailure(lease_id=lease_id, reason="no"), Goodbye(), ManifestRequest(version=version),
         ChunkRequest(version=version, index=1, base="cd" * 16), Announcement(version=version), result_for(version),
+        TransferRequest(version=version, num_workers=1, is_member=True), TransferStart(version=version),
     ]  # fmt: skip
     framed = [
         encode(group_header(group).stamped(version), group_frames(group)),
