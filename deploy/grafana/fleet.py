@@ -103,7 +103,7 @@ WORST = Row(
         ),
         chart(
             "Failures",
-            "In the hour before: leases given back, answers that an engine could not give, health checks that it failed.",
+            "In the hour before: leases given back, answers that an engine could not give, failed health checks.",
             worst_beside_mean(FAILURES),
             unit="none",
             limits=Limits(warning=1, alarm=5),

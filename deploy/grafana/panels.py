@@ -8,8 +8,13 @@ from typing import Any
 from grafana_foundation_sdk.builders import common as options
 from grafana_foundation_sdk.builders import dashboard, prometheus, stat, table, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.common import BigValueGraphMode, GraphThresholdsStyleMode, LegendDisplayMode
-from grafana_foundation_sdk.models.common import TooltipDisplayMode, VisibilityMode
+from grafana_foundation_sdk.models.common import (
+    BigValueGraphMode,
+    GraphThresholdsStyleMode,
+    LegendDisplayMode,
+    TooltipDisplayMode,
+    VisibilityMode,
+)
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DashboardLinkType,
