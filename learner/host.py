@@ -13,8 +13,8 @@ from common.chat import Chat
 from common.config.schema import Config
 from common.errors import OperatorError
 from common.keys.allowed import ServerKeys
-from common.metrics import serve_metrics
 from common.run_dir import RunDir
+from common.side_port import SidePort
 from common.trajectory import TrajectoryGroup
 from common.watchdog import Watchdog
 from common.weights.server import WeightServer
@@ -27,8 +27,8 @@ from learner.handover import Handover
 from learner.inbox import Inbox, LeaseTerms
 from learner.ledger.leases import DropReason
 from learner.ledger.ledger import Ledger
-from learner.metrics import GuardCollector, RunCollector
 from learner.publisher import Publisher
+from learner.readings import readings_of
 from learner.reception import Door
 from learner.recorder import Recorder
 from learner.shaping import Shaping
@@ -48,7 +48,7 @@ class Host:
     """Everything that only rank 0 has. Ports are bound before a model is loaded, so that a busy one is told at once."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self.config = config
         self.run_dir = RunDir(Path(config.run.dir))
         self.run_dir.create()
         self._lock = self.run_dir.lock()
@@ -78,17 +78,18 @@ class Host:
         self._board = StatusBoard(self.run_dir.status, self._status)
         self.run_dir.save_config(config)
         self.recorder.restore()
+        self._side_port = self._open_side_port()
         self.inbox.start()
 
     def _check_agreement(self, experts: ExpertStore | None) -> None:
         """A resumed run must go on with what it began with."""
         started = {
-            "learner.groups_per_step": str(self._config.learner.groups_per_step),
-            "algorithm.sft_steps": str(self._config.sft_steps),
-            **{f"learner.{key}": str(getattr(self._config.learner, key)) for key in LORA},
+            "learner.groups_per_step": str(self.config.learner.groups_per_step),
+            "algorithm.sft_steps": str(self.config.sft_steps),
+            **{f"learner.{key}": str(getattr(self.config.learner, key)) for key in LORA},
         }
         hashes = started | {
-            "configuration": self._config.agreement_hash,
+            "configuration": self.config.agreement_hash,
             "expert store": experts.fingerprint() if experts else "none",
         }
         for name, found in hashes.items():
@@ -105,7 +106,7 @@ class Host:
                 f"{self.run_dir.path}: got a checkpoint of step {step}, expected at most {num_batches}, where the "
                 "ledger ends: they are not of one run; restore both, or use a new run.dir"
             )
-        recipe = self._config.recipe
+        recipe = self.config.recipe
         begun = json.loads(self.ledger.fact("recipe", json.dumps(recipe)))
         for name, found in recipe.items():
             if begun.get(name) != found and num_batches > step:
@@ -116,7 +117,7 @@ class Host:
         self.ledger.set_fact("recipe", json.dumps(recipe))
 
     def _open_network(self, chat: Chat) -> None:
-        config, network = self._config, self._config.network
+        config, network = self.config, self.config.network
         limits = SocketLimits(network.heartbeat_s, network.silence_s, network.max_message_bytes)
         context = zmq.Context.instance()
         reserve_descriptors(NUM_LISTENERS * 2 * (network.max_connections + MAX_NEWCOMERS))
@@ -183,15 +184,23 @@ class Host:
             on_evaluation=self.publisher.finish_evaluation,
             judge=self._why_drop if config.algorithm.zero_variance == "drop" else None,
             watch=self.watchdog.watch("the learner's inbox", limit_s=config.run.watchdog_s),
+            observe_commit=self.recorder.prometheus.commit_s.observe,
         )
-        registry = self.recorder.prometheus.registry
-        registry.register(RunCollector(self.inbox.peers, self.ledger.account))
-        registry.register(GuardCollector([listener, self.server.requests, self.server.announcements]))
-        learner = config.learner
-        port = serve_metrics(registry, host=learner.metrics_host, port=learner.metrics_port, key="learner.metrics_port")
-        log.info(
-            "actors: tcp://%s:%d, metrics: http://%s:%d/metrics", network.host, self.port, learner.metrics_host, port
-        )
+        self.listeners = (listener, self.server.requests, self.server.announcements)
+        log.info("actors: tcp://%s:%d", network.host, self.port)
+
+    def _open_side_port(self) -> SidePort:
+        registry, learner = self.recorder.prometheus.registry, self.config.learner
+        for reading in readings_of(self):
+            registry.register(reading)
+        return SidePort(
+            registry, component="learner", health=self.watchdog.verdict, readiness=self.why_not_ready,
+            host=learner.metrics_host, port=learner.metrics_port, key="learner.metrics_port",
+        )  # fmt: skip
+
+    def why_not_ready(self) -> str:
+        """A line where the learner takes no groups and grants no leases; empty where it does."""
+        return "" if self.inbox.grants_leases else f"the learner grants no leases: {self.phase} after step {self.step}"
 
     def _why_drop(self, group: TrajectoryGroup) -> DropReason | None:
         return None if self._shaping.has_signal(group) else DropReason.ZERO_VARIANCE
@@ -204,7 +213,7 @@ class Host:
     @phase.setter
     def phase(self, phase: str) -> None:
         self._phase = phase
-        self._watch.enter(f"{phase} after step {self.step}", limit_s=self._config.learner.step_timeout_s)
+        self._watch.enter(f"{phase} after step {self.step}", limit_s=self.config.learner.step_timeout_s)
 
     def open_for_work(self) -> None:
         """Grant leases; called when every committed batch has been replayed."""
@@ -227,7 +236,7 @@ class Host:
         while owed := self.publisher.owed_steps:
             self.source.waiting_for = f"evaluations of versions {owed}"
             self.check_for_end()
-            if time.monotonic() - started > self._config.learner.eval_timeout_s:
+            if time.monotonic() - started > self.config.learner.eval_timeout_s:
                 log.error(
                     "waited %.0f s for evaluations of versions %s from evaluators (%s): gave up",
                     time.monotonic() - started,
@@ -241,7 +250,7 @@ class Host:
 
     def choose_policy(self, last: Snapshot) -> int:
         """Which policy goes on after supervised fine-tuning, once all evaluations are in."""
-        if self._config.algorithm.sft_ends_with == "best":
+        if self.config.algorithm.sft_ends_with == "best":
             self.phase = "evaluating"
             self.wait_for_evaluations()
         return self.handover.choose(last)
@@ -254,6 +263,7 @@ class Host:
             time.sleep(0.1)
 
     def close(self) -> None:
+        self._side_port.close()
         self._board.close()
         self.source.close()
         self.inbox.close()
@@ -268,7 +278,7 @@ class Host:
         return {
             "phase": self.phase,
             "step": self.step,
-            "num_steps": self._config.learner.num_steps,
+            "num_steps": self.config.learner.num_steps,
             "waiting_for": self.source.waiting_for,
             "port": self.port,
             "groups": vars(counts) if counts else {},

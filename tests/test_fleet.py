@@ -216,7 +216,7 @@ class Bench:
         self.link = LearnerLink(network, hello)
         self._fitter = Fitter(self.engine, network, folder, name="a", in_flight=True, welcome=lambda: self.link.welcome)
         self.worker = Worker(parts, self.link, self._fitter, self.metrics, self._actor)
-        self._fitter.on_loaded = self.worker.wake
+        self._fitter.on_loaded = self.worker.note_load
 
     def run(self, until: Callable[[], bool] = lambda: False) -> str:
         """Why it ended by itself, or by `drain` once `until` holds."""
@@ -418,7 +418,7 @@ def test_an_actor_without_work_is_idle_and_says_for_how_long(
     told = [request.idle_s for request in learner.of(WorkRequest)]
     assert told == sorted(told)
     assert told[0] == 0
-    assert bench.counted("chord_actor_idle_seconds") > 0.5
+    assert bench.counted("chord_actor_idle_seconds_total") > 0.5
 
 
 def test_an_engine_that_fails_again_and_again_ends_the_actor_with_one_line(
