@@ -1,4 +1,4 @@
-"""Alerts and recording rules, by promtool and amtool, each alert has its runbook, and cases where it fires and where not."""
+"""Alerts and recording rules, by promtool and amtool; every alert has its runbook, and cases for and against it."""
 
 import re
 import subprocess
