@@ -11,7 +11,8 @@ from importlib.metadata import version
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
 
-from prometheus_client import REGISTRY, CollectorRegistry, Gauge, disable_created_metrics, make_wsgi_app
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4 as METRICS
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
@@ -56,30 +57,30 @@ class SidePort:
         """
         self._verdicts = {"/healthz": health, "/readyz": readiness}
         add_common_metrics(registry, component=component, engine=engine, readiness=readiness)
-        self._metrics = make_wsgi_app(registry)
+        self._registry = registry
         try:
             self._server = make_server(host, port, self._answer, _server_class(host), handler_class=Handler)
         except OSError as error:
             raise OperatorError(f"{key}: cannot bind {host}:{port} ({error.strerror}), expected a free port") from error
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.1,), name="side port", daemon=True).start()
-        log.info("metrics: http://%s:%d/metrics, with /healthz and /readyz beside it", host, self.port)
+        log.info("metrics: http://%s:%d/metrics (beside it /healthz and /readyz)", host, self.port)
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        path = environ["PATH_INFO"]
+        path, kind = environ["PATH_INFO"], "text/plain; charset=utf-8"
         if path == "/metrics":
-            return self._metrics(environ, start_response)
-        if path in self._verdicts:
+            status, kind, body = "200 OK", METRICS, generate_latest(self._registry)
+        elif path in self._verdicts:
             line = self._verdicts[path]()
-            status, said = ("503 Service Unavailable", line) if line else ("200 OK", "ok")
+            status, body = ("503 Service Unavailable", f"{line}\n".encode()) if line else ("200 OK", b"ok\n")
         else:
-            status, said = "404 Not Found", f"{path}: expected /metrics, /healthz or /readyz"
-        start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-        return [f"{said}\n".encode()]
+            status, body = "404 Not Found", b"expected /metrics, /healthz or /readyz\n"
+        start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+        return [body]
 
 
 def add_common_metrics(registry: CollectorRegistry, *, component: str, engine: str, readiness: Verdict) -> None:
@@ -95,5 +96,9 @@ def add_common_metrics(registry: CollectorRegistry, *, component: str, engine: s
 def _server_class(host: str) -> type[ThreadingWSGIServer]:
     class Server(ThreadingWSGIServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Whoever asks and goes, or says nothing, is no news."""
+            log.debug("side port: no answer to %s", client_address, exc_info=True)
 
     return Server

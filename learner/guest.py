@@ -19,11 +19,10 @@ class Guest:
         self._watchdog = Watchdog(is_heard=False)
         self._watch = self._watchdog.watch(f"rank {rank} of the learner", limit_s=limit_s)
         self._rank = rank
-        self._step: int | None = None
-        registry = CollectorRegistry()
-        text = "Optimizer steps completed, as this rank knows; nothing before its first."
-        registry.register(Reading(GaugeMetricFamily, "chord_rank_step", text, lambda: self._step))
-        learner = config.learner
+        self.step: int | None = None
+        """Optimizer steps completed when its newest one began; None before its first."""
+        registry, learner = CollectorRegistry(), config.learner
+        registry.register(step_of(self))
         port = learner.metrics_port and learner.metrics_port + int(os.environ["LOCAL_RANK"])
         self._side_port = SidePort(
             registry, component="rank", health=self._watchdog.verdict, readiness=self._why_not_ready,
@@ -36,11 +35,16 @@ class Guest:
 
     def begin(self, step: int) -> None:
         """It takes part in the step that follows `step` completed ones."""
-        self._step = step
+        self.step = step
 
     def _why_not_ready(self) -> str:
-        return "" if self._step is not None else f"rank {self._rank} has joined, and waits for its first step"
+        return "" if self.step is not None else f"rank {self._rank} has joined, and waits for its first step"
 
     def close(self) -> None:
         self._side_port.close()
         self._watch.rest()
+
+
+def step_of(guest: Guest) -> Reading:
+    text = "Optimizer steps completed, as a rank other than 0 knows."
+    return Reading(GaugeMetricFamily, "chord_rank_step", text, lambda: guest.step)

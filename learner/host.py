@@ -22,6 +22,7 @@ from common.weights.snapshot import Snapshot
 from common.wire.connections import MAX_NEWCOMERS, Bounds
 from common.wire.listener import Listener
 from common.wire.sockets import SocketLimits, reserve_descriptors
+from learner.checkpoints import Checkpoints
 from learner.expert.store import ExpertStore
 from learner.handover import Handover
 from learner.inbox import Inbox, LeaseTerms
@@ -48,7 +49,7 @@ class Host:
     """Everything that only rank 0 has. Ports are bound before a model is loaded, so that a busy one is told at once."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self._config = config
         self.run_dir = RunDir(Path(config.run.dir))
         self.run_dir.create()
         self._lock = self.run_dir.lock()
@@ -75,6 +76,8 @@ class Host:
         self.source = Source(
             config, self.ledger, experts, reader, describe_peers=self.inbox.peers.describe, check=self.check_for_end
         )
+        self.checkpoints = Checkpoints(self.run_dir.checkpoints, keep=1)
+        """Only looked at here."""
         self._board = StatusBoard(self.run_dir.status, self._status)
         self.run_dir.save_config(config)
         self.recorder.restore()
@@ -84,12 +87,12 @@ class Host:
     def _check_agreement(self, experts: ExpertStore | None) -> None:
         """A resumed run must go on with what it began with."""
         started = {
-            "learner.groups_per_step": str(self.config.learner.groups_per_step),
-            "algorithm.sft_steps": str(self.config.sft_steps),
-            **{f"learner.{key}": str(getattr(self.config.learner, key)) for key in LORA},
+            "learner.groups_per_step": str(self._config.learner.groups_per_step),
+            "algorithm.sft_steps": str(self._config.sft_steps),
+            **{f"learner.{key}": str(getattr(self._config.learner, key)) for key in LORA},
         }
         hashes = started | {
-            "configuration": self.config.agreement_hash,
+            "configuration": self._config.agreement_hash,
             "expert store": experts.fingerprint() if experts else "none",
         }
         for name, found in hashes.items():
@@ -106,7 +109,7 @@ class Host:
                 f"{self.run_dir.path}: got a checkpoint of step {step}, expected at most {num_batches}, where the "
                 "ledger ends: they are not of one run; restore both, or use a new run.dir"
             )
-        recipe = self.config.recipe
+        recipe = self._config.recipe
         begun = json.loads(self.ledger.fact("recipe", json.dumps(recipe)))
         for name, found in recipe.items():
             if begun.get(name) != found and num_batches > step:
@@ -117,7 +120,7 @@ class Host:
         self.ledger.set_fact("recipe", json.dumps(recipe))
 
     def _open_network(self, chat: Chat) -> None:
-        config, network = self.config, self.config.network
+        config, network = self._config, self._config.network
         limits = SocketLimits(network.heartbeat_s, network.silence_s, network.max_message_bytes)
         context = zmq.Context.instance()
         reserve_descriptors(NUM_LISTENERS * 2 * (network.max_connections + MAX_NEWCOMERS))
@@ -166,12 +169,9 @@ class Host:
             silence_s=network.silence_s,
         )
         terms = LeaseTerms(
-            config.algorithm.group_size,
-            config.sampling.temperature,
-            config.sampling.max_tokens,
-            config.run.seed,
+            config.algorithm.group_size, config.sampling.temperature, config.sampling.max_tokens, config.run.seed,
             network.lease_s,
-        )
+        )  # fmt: skip
         self.inbox = Inbox(
             listener,
             self.ledger,
@@ -190,8 +190,8 @@ class Host:
         log.info("actors: tcp://%s:%d", network.host, self.port)
 
     def _open_side_port(self) -> SidePort:
-        registry, learner = self.recorder.prometheus.registry, self.config.learner
-        for reading in readings_of(self):
+        registry, learner = self.recorder.prometheus.registry, self._config.learner
+        for reading in readings_of(self, self._config):
             registry.register(reading)
         return SidePort(
             registry, component="learner", health=self.watchdog.verdict, readiness=self.why_not_ready,
@@ -213,7 +213,7 @@ class Host:
     @phase.setter
     def phase(self, phase: str) -> None:
         self._phase = phase
-        self._watch.enter(f"{phase} after step {self.step}", limit_s=self.config.learner.step_timeout_s)
+        self._watch.enter(f"{phase} after step {self.step}", limit_s=self._config.learner.step_timeout_s)
 
     def open_for_work(self) -> None:
         """Grant leases; called when every committed batch has been replayed."""
@@ -236,7 +236,7 @@ class Host:
         while owed := self.publisher.owed_steps:
             self.source.waiting_for = f"evaluations of versions {owed}"
             self.check_for_end()
-            if time.monotonic() - started > self.config.learner.eval_timeout_s:
+            if time.monotonic() - started > self._config.learner.eval_timeout_s:
                 log.error(
                     "waited %.0f s for evaluations of versions %s from evaluators (%s): gave up",
                     time.monotonic() - started,
@@ -250,7 +250,7 @@ class Host:
 
     def choose_policy(self, last: Snapshot) -> int:
         """Which policy goes on after supervised fine-tuning, once all evaluations are in."""
-        if self.config.algorithm.sft_ends_with == "best":
+        if self._config.algorithm.sft_ends_with == "best":
             self.phase = "evaluating"
             self.wait_for_evaluations()
         return self.handover.choose(last)
@@ -278,7 +278,7 @@ class Host:
         return {
             "phase": self.phase,
             "step": self.step,
-            "num_steps": self.config.learner.num_steps,
+            "num_steps": self._config.learner.num_steps,
             "waiting_for": self.source.waiting_for,
             "port": self.port,
             "groups": vars(counts) if counts else {},

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from common.config.schema import Config
 from common.metrics import Reading
 from common.wire.connections import Closing
 from common.wire.messages import ActorState, Role
-from learner.checkpoints import Checkpoint, Checkpoints
+from learner.checkpoints import Checkpoint
 from learner.ledger.leases import DropReason
 
 if TYPE_CHECKING:
@@ -24,17 +25,17 @@ SELDOM_S = 60.0
 Labelled = Mapping[tuple[str, ...], float]
 
 
-def readings_of(host: "Host") -> list[Reading]:
-    """Nothing of `host` is touched before a reading is."""
+def readings_of(host: "Host", config: Config) -> list[Reading]:
+    """Neither is touched before a reading is."""
     gauge, counter = GaugeMetricFamily, CounterMetricFamily
     return [
         Reading(
             gauge, "chord_learner_steps_planned", "Optimizer steps of the whole run.",
-            lambda: host.config.learner.num_steps,
+            lambda: config.learner.num_steps,
         ),
         Reading(
             gauge, "chord_staleness_bound_steps", "Largest staleness at which a group is trained.",
-            lambda: host.config.algorithm.max_staleness,
+            lambda: config.algorithm.max_staleness,
         ),
         Reading(
             gauge, "chord_groups", "Groups that are leased, committed (waiting to be trained) or in training.",
@@ -42,7 +43,7 @@ def readings_of(host: "Host") -> list[Reading]:
         ),
         Reading(
             gauge, "chord_groups_held_max", "Groups that may be leased, committed and in training together.",
-            lambda: (host.config.algorithm.max_staleness + 1) * host.config.learner.groups_per_step,
+            lambda: (config.algorithm.max_staleness + 1) * config.learner.groups_per_step,
         ),
         Reading(
             counter, "chord_groups_dropped_total", "Groups dropped in the whole run, by reason.",
@@ -155,7 +156,7 @@ def version_lag(host: "Host") -> float | None:
 
 
 def newest_checkpoint(host: "Host") -> Checkpoint | None:
-    return max(Checkpoints(host.run_dir.checkpoints, keep=1).all(), key=lambda one: one.step, default=None)
+    return next(reversed(host.checkpoints.all()), None)
 
 
 def closed(host: "Host") -> Labelled:

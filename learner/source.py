@@ -67,7 +67,7 @@ class Source:
 
     @property
     def expert_epochs(self) -> float | None:
-        """Times that the store was drawn from end to end, up to the newest step; None before a step or without store."""
+        """Times that the store was drawn from end to end; None before a step is composed, and without a store."""
         return self._expert_cursor / len(self._row_ids) if self._expert_cursor is not None and self._row_ids else None
 
     def close(self) -> None:
