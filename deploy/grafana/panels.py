@@ -95,6 +95,7 @@ def number(
         .span(width)
         .height(4)
         .graph_mode(BigValueGraphMode.NONE)
+        .reduce_options(options.ReduceDataOptions().calcs(["lastNotNull"]))
         .thresholds(limits.thresholds() if limits else PLAIN)
         .with_target(_query(expression).instant().ref_id(_letter(0)))
     )

@@ -30,7 +30,7 @@ ROW = Row(
             "Actors that the learner hears, with weights of this run. None: nothing is sampled.",
             'sum(chord_peers{$scope, role="actor", state="serving"})',
             unit="none",
-            limits=Limits(warning=2, alarm=1),
+            limits=Limits(warning=1, alarm=0.5),
         ),
         number(
             "Lost or trained twice",
