@@ -32,15 +32,15 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         learner={"num_steps": 100_000, "checkpoint_every_steps": 5, "metrics_port": learner},
         eval={"every_steps": 10, "num_problems": 8, "metrics_port": evaluator}, expert={"rows_per_step": 1},
     )  # fmt: skip
-    import_experts(config, num_rows=2000)
+    import_experts(config, num_rows=500)
     jobs = {"chord-learner": [learner], "chord-actor": [first_actor, first_actor + 1], "chord-eval": [evaluator]}
     with LocalRun(config) as local, Prometheus(folder / "prometheus", port=server, run=RUN, targets=jobs) as prometheus:
         prometheus.wait_until_ready()
-        local.wait_until(lambda: len(prometheus.numbers("up == 1")) == 4)
+        local.wait_until(lambda: len(prometheus.numbers("up == 1")) == 4, timeout_s=300)
         yield local, prometheus
 
 
-def eventually(read: Callable[[], Any], expected: Any, *, within_s: float = 90) -> None:
+def eventually(read: Callable[[], Any], expected: Any, *, within_s: float = 120) -> None:
     """What takes a few steps to come true; fails with what was read last."""
     deadline = time.monotonic() + within_s
     while (found := read()) != expected and time.monotonic() < deadline:
