@@ -4,9 +4,11 @@ It is as if one run had ended and another begun from its `final/`: the published
 precision; the optimizer and the schedules of lr and μ begin anew; no prompt was leased before.
 """
 
+import errno
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,7 +76,7 @@ class Handover:
         path = kept_policy(self._config, step)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        os.link(snapshot.path, path)
+        _link_or_copy(snapshot.path, path)
         sync(path)
         sync(path.parent)
         self._forget_all_but(self._may_win())
@@ -123,3 +125,13 @@ class Handover:
     def _forget_all_but(self, steps: set[int]) -> None:
         for step in set(self._kept()) - steps:
             kept_policy(self._config, step).unlink()
+
+
+def _link_or_copy(source: Path, destination: Path) -> None:
+    """A link costs nothing; ranks on several machines may share the destination's folder, but not the source's disk."""
+    try:
+        os.link(source, destination)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copyfile(source, destination)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from common.config.evaluation import Eval
 from common.config.presets import FIXED_MU
-from common.config.section import Count, EngineKind, Fraction, Port, Positive, Seconds, Section
+from common.config.section import ADDRESS, Count, EngineKind, Fraction, Port, Positive, Seconds, Section
 
 
 class StalenessPolicy(StrEnum):
@@ -204,6 +204,10 @@ class Learner(Section):
         "none", description="optimizer keeps its state, and steps, in host memory (on GPUs, with zero_stage 1 to 3)"
     )
     num_ranks: Positive = Field(1, description="training processes; more than 1 starts them through torchrun")
+    num_nodes: Positive = Field(
+        1, description="machines that the ranks are spread over evenly; each starts chord-learner --node N"
+    )
+    rendezvous: str = Field("", description="HOST:PORT on machine 0 where the ranks of several machines meet")
     num_threads: Count = Field(0, description="CPU threads of one rank; 0 leaves it to torch")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "float32",
@@ -240,6 +244,14 @@ class Learner(Section):
     def _check(self) -> Self:
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError(f'learner.offload: got "{self.offload}" with zero_stage 0, expected zero_stage 1, 2 or 3')
+        if self.num_ranks % self.num_nodes:
+            raise ValueError(
+                f"learner.num_ranks: got {self.num_ranks}, expected a multiple of {self.num_nodes} num_nodes"
+            )
+        if self.num_nodes > 1 and not ADDRESS.fullmatch(self.rendezvous):
+            raise ValueError(
+                f'learner.rendezvous: got "{self.rendezvous}", expected HOST:PORT on machine 0 (num_nodes > 1)'
+            )
         return self
 
 
