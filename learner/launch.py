@@ -46,8 +46,8 @@ def start_ranks(learner: Learner, node: int, arguments: Sequence[str]) -> NoRetu
         sys.exit(OPERATOR_ERROR if OPERATOR_ERROR in codes else COMPONENT_FAILURE)
     except DistError as error:
         raise ComponentFailure(
-            f"learner.rendezvous: the {learner.num_nodes} machines did not meet at {learner.rendezvous}, or one has left: "
-            + str(error).splitlines()[0]
+            f"learner.rendezvous: {learner.num_nodes} machines did not meet at {learner.rendezvous}, or one has left "
+            f"({str(error).splitlines()[0]})"
         ) from error
     except SignalException:
         pass

@@ -1,4 +1,4 @@
-"""One learner on several machines: each a process of its own with a run directory of its own; they share checkpoints."""
+"""One learner on several machines: each with a run directory of its own; they share checkpoints."""
 
 import os
 import subprocess
