@@ -7,7 +7,9 @@ from tests.deploy.tools import ROOT, TOOLS
 
 
 def test_shell_scripts_are_clean() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     scripts = [name for name in listed if name.endswith(".sh") or name == ".ci/run"]
     assert scripts
     checked = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)

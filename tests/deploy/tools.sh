@@ -23,4 +23,9 @@ python3 -m venv "$tools/python"
 
 mkdir -p "$tools/node"
 cp "$here/package.json" "$tools/node/"
-npm install --silent --no-audit --no-fund --prefix "$tools/node"
+npm install --silent --no-audit --no-fund --omit=peer --prefix "$tools/node"
+
+# The package is a layer of a function that deploys with kubectl: of it, kubectl alone is wanted.
+layer=$(find "$tools/node/node_modules/@aws-cdk" -name '*.zip' | head -n 1)
+"$tools/python/bin/python" -m zipfile --extract "$layer" "$tools"
+chmod +x "$tools/kubectl/kubectl"
