@@ -48,16 +48,14 @@ async def run_actor(config: Config, name: str) -> None:
     from actors.link import LearnerLink
     from actors.metrics import ActorMetrics
     from actors.pulse import Pulse
-    from actors.start import make_hello, make_parts, on_stop, serve_peer_metrics
+    from actors.start import make_hello, make_parts, on_stop
     from actors.worker import Worker
+    from common.side_port import SidePort
     from common.wire.messages import Role
 
     pulse = Pulse(config, "actor")
     metrics = ActorMetrics()
     parts = make_parts(config, config.actor.engine, metrics.registry)
-    serve_peer_metrics(
-        metrics.registry, host=config.learner.metrics_host, port=config.actor.metrics_port, key="actor.metrics_port"
-    )
     link = LearnerLink(config.network, make_hello(config, name=name, role=Role.ACTOR, engine=parts.engine))
     folder = RunDir(Path(config.run.dir)).weights(name)
     fitter = Fitter(
@@ -69,10 +67,15 @@ async def run_actor(config: Config, name: str) -> None:
         welcome=lambda: link.welcome,
     )
     worker = Worker(parts, link, fitter, metrics, config.actor, show=pulse.show)
-    fitter.on_loaded = worker.wake
+    fitter.on_loaded = worker.note_load
     on_stop(worker.drain)
     beating = asyncio.create_task(pulse.keep(), name="pulse")
     try:
+        SidePort(
+            metrics.registry, component="actor", engine=parts.engine.name, health=pulse.verdict,
+            readiness=lambda: worker.why_not_ready(max_lag=config.algorithm.max_staleness + 1),
+            host=config.learner.metrics_host, port=config.actor.metrics_port, key="actor.metrics_port",
+        )  # fmt: skip
         log.info("leaving: %s", await worker.run())
     finally:
         pulse.leave()

@@ -69,9 +69,11 @@ class Fitter:
         """Which version was said not to be had, and when."""
         self._has_news = asyncio.Event()
         self._is_closing = False
+        self._earlier_bytes = 0
+        """What earlier clients received."""
         self.received_bytes = 0
-        self.load_s = 0.0
-        """Duration of the last load."""
+        self.fetch_s = self.load_s = 0.0
+        """Duration of the last fetch and of the last load."""
 
     def want(self, version: Version | None) -> None:
         """Note the newest version; within a run the order of versions is incarnation, then step."""
@@ -97,8 +99,10 @@ class Fitter:
         serving = self._engine.version
         if serving and (serving.run_id, serving.step, serving.hash) == (version.run_id, version.step, version.hash):
             return
+        asked = time.monotonic()
         snapshot = await self._fetch(version)
         started = time.monotonic()
+        self.fetch_s = started - asked
         # After a deliberate rewind versions fall; within one answer they never may.
         is_rewind = serving is not None and version.step < serving.step
         await self._engine.load(snapshot, in_flight=self._in_flight and not is_rewind)
@@ -157,7 +161,7 @@ class Fitter:
                 keys=self._keys,
             )
         self._held = self._client.fetch(version, lambda: self._is_wanted(port), base=self._held)
-        self.received_bytes = self._client.received_bytes
+        self.received_bytes = self._earlier_bytes + self._client.received_bytes
         return self._held
 
     def _is_wanted(self, port: int) -> bool:
@@ -167,6 +171,7 @@ class Fitter:
 
     def _close_client(self) -> None:
         if self._client:
+            self._earlier_bytes += self._client.received_bytes
             self._client.close()
             self._client = None
 

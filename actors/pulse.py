@@ -33,6 +33,10 @@ class Pulse:
         if state is ActorState.SERVING:
             self._watchdog.ready()
 
+    def verdict(self) -> str:
+        """A line where a loop is overdue, else nothing."""
+        return self._watchdog.verdict()
+
     def leave(self) -> None:
         """All that is left is to close things, which must not take long."""
         self._work.enter("leaving", limit_s=self._limit_s)

@@ -16,9 +16,11 @@ class Standing:
         self._link = link
         self._same: tuple[int, str] | None = None
         """Incarnation and hash of the last version that the learner named and the engine had already."""
+        self._newest: Version | None = None
 
     def compare(self, newest: Version | None) -> None:
         """Note what the learner publishes: after its restart that may be the very weights which are loaded."""
+        self._newest = newest or self._newest
         if newest and (version := self._engine.version) and (newest.step, newest.hash) == (version.step, version.hash):
             self._same = newest.incarnation, newest.hash
 
@@ -27,6 +29,12 @@ class Standing:
         """The loaded version, where it is one of the run that the learner leads now."""
         version, welcome = self._engine.version, self._link.welcome
         return version if version and welcome and version.run_id == welcome.run_id else None
+
+    @property
+    def lag(self) -> int:
+        """Versions between the newest that the learner named and the one served; 0 before there are any."""
+        newest, serving = self._newest, self.serving
+        return max(newest.step - serving.step, 0) if newest and serving and newest.run_id == serving.run_id else 0
 
     @property
     def state(self) -> ActorState:

@@ -28,7 +28,6 @@ from common.command import run_command
 from common.config.schema import Config, EngineKind
 from common.errors import ComponentFailure, OperatorError
 from common.keys.folder import only_peer_name, peer_keys
-from common.metrics import serve_metrics
 from common.wire.messages import Goodbye, Hello, Receipt, Role
 
 log = logging.getLogger(__name__)
@@ -82,11 +81,6 @@ def default_name(role: Role, keys: str) -> str:
     """
     host = re.sub(r"[^A-Za-z0-9_-]+", "-", socket.gethostname())[-14:]
     return f"{only_peer_name(keys) + '.' if keys else ''}{role}-{host}-{secrets.token_hex(3)}"[:64]
-
-
-def serve_peer_metrics(registry: CollectorRegistry, *, host: str, port: int, key: str) -> None:
-    found = serve_metrics(registry, host=host, port=port, key=key)
-    log.info("metrics: http://%s:%d/metrics", host, found)
 
 
 def check_address(config: Config, name: str) -> None:

@@ -16,7 +16,7 @@ from actors.fitter import Fitter
 from actors.guard import SamplingFailed, describe
 from actors.idle_clock import IdleClock
 from actors.link import LearnerLink
-from actors.metrics import ActorMetrics
+from actors.metrics import ActorMetrics, Report
 from actors.standing import Standing
 from actors.start import Parts, cancel_all, raise_one_line, say_goodbye
 from common.config.schema import Actor
@@ -73,6 +73,11 @@ class Worker:
     def wake(self) -> None:
         """Ask for work now: there is room, or the weights are new."""
         self._wake.set()
+
+    def note_load(self) -> None:
+        """The engine has another version."""
+        self._metrics.count_version(fetch_s=self._fitter.fetch_s, load_s=self._fitter.load_s)
+        self.wake()
 
     def drain(self) -> None:
         """Take no more leases, end running groups and leave. Called again: give them back and leave."""
@@ -157,6 +162,15 @@ class Worker:
     def state(self) -> ActorState:
         return ActorState.DRAINING if self._drain.is_set() else self._standing.state
 
+    def why_not_ready(self, *, max_lag: int) -> str:
+        """A line where a group sampled now would come too late or not count; empty where it would be welcome, whether
+        or not the learner has a lease to give just now."""
+        if self.state is not ActorState.SERVING:
+            return f"the actor is {self.state}: {self._describe()}"
+        if (lag := self._standing.lag) > max_lag:
+            return f"the actor's weights are {lag} versions behind, expected at most {max_lag}: {self._describe()}"
+        return ""
+
     def _describe(self) -> str:
         version = self._engine.version
         return f"{version if version else 'no version yet'}, {len(self._groups)} groups in flight"
@@ -194,7 +208,7 @@ class Worker:
         num_tokens = sum(trajectory.num_answer_tokens for trajectory in group.trajectories)
         self._sampled_tokens += num_tokens
         receipt = await self._link.ask(header, Receipt, frames, phase=f"the receipt of lease {header.lease_id}")
-        self._metrics.count_group(receipt.outcome, num_tokens=num_tokens)
+        self._metrics.count_group(receipt.outcome, num_tokens=num_tokens, sampling_s=header.sampling_s)
         level = logging.DEBUG if receipt.outcome is Outcome.COMMITTED else logging.WARNING
         log.log(level, "lease %s: %s %s", header.lease_id, receipt.outcome, receipt.reason)
 
@@ -211,5 +225,10 @@ class Worker:
         if version:
             self._idle.start()
         self._show(self.state, self._describe())
-        self._metrics.observe(version, self._fitter, num_groups=len(self._groups), idle_s=self._idle.idle_s)
-        self._metrics.observe_engine(self._engine.pressure, self._concurrency.limit)
+        self._metrics.observe(
+            Report(
+                self.state, version.step if version else -1, self._standing.lag, len(self._groups),
+                self._engine.num_running, self._concurrency.limit, self._engine.pressure, self._idle.idle_s,
+                self._fitter.received_bytes,
+            )
+        )  # fmt: skip

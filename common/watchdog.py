@@ -33,22 +33,28 @@ class WakingClock:
     """Seconds that this process was awake for: a tick counts as MAX_TICK_S at most. Only one thread may call `tick`."""
 
     def __init__(self) -> None:
-        self.now_s = 0.0
-        self._last = time.monotonic()
+        self._ticked = 0.0, time.monotonic()
+        """Seconds and the time of the last tick; replaced as a whole, so that no thread sees half of it."""
+
+    @property
+    def now_s(self) -> float:
+        """The time now; for any thread."""
+        now_s, at = self._ticked
+        return now_s + min(time.monotonic() - at, MAX_TICK_S)
 
     def tick(self) -> float:
         """The time now; to be called more often than every MAX_TICK_S."""
-        now = time.monotonic()
-        self.now_s += min(now - self._last, MAX_TICK_S)
-        self._last = now
-        return self.now_s
+        (now_s, at), now = self._ticked, time.monotonic()
+        self._ticked = now_s + min(now - at, MAX_TICK_S), now
+        return self._ticked[0]
 
 
 class Notifier:
     """The way to a supervisor; without $NOTIFY_SOCKET it leads nowhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_heard: bool) -> None:
         address = os.environ.pop(NOTIFY_SOCKET, "")  # a child process must not speak for this one
+        address = address if is_heard else ""
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._socket.setblocking(False)
@@ -122,10 +128,11 @@ class Watch:
 class Watchdog:
     """A thread and the watches that it looks at, from construction on."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_heard: bool = True) -> None:
+        """Not heard by the supervisor where another process speaks for the component."""
         self._clock = WakingClock()
         self._watches: list[Watch] = []
-        self._notifier = Notifier()
+        self._notifier = Notifier(is_heard=is_heard)
         self._is_ready = False
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._guard, name="watchdog", daemon=True)
@@ -136,6 +143,10 @@ class Watchdog:
         watch = Watch(self._clock, name, limit_s=limit_s)
         self._watches.append(watch)
         return watch
+
+    def verdict(self) -> str:
+        """The line of a watch that is overdue now; nothing while all of them are in time. For any thread."""
+        return next((line for watch in tuple(self._watches) if (line := watch.verdict())), "")
 
     def ready(self) -> None:
         """The component does now what it is there for; later calls say nothing new."""
@@ -154,9 +165,8 @@ class Watchdog:
         told_s = -1.0
         while not self._is_closing.wait(TICK_S):
             now_s = self._clock.tick()
-            for watch in tuple(self._watches):
-                if line := watch.verdict():
-                    _end(line)
+            if line := self.verdict():
+                _end(line)
             if now_s - told_s >= 1.0:
                 told_s = now_s
                 self._notifier.send("WATCHDOG=1", f"STATUS={self._status()}")

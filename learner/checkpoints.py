@@ -32,6 +32,11 @@ class Checkpoint:
     path: Path
     step: int
 
+    @property
+    def written_at(self) -> float:
+        """Unix time."""
+        return (self.path / MANIFEST).stat().st_mtime
+
 
 class Checkpoints:
     """The folder `checkpoints/` of a run."""

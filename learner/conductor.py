@@ -13,6 +13,7 @@ from pathlib import Path
 from common.config.schema import Config
 from learner.checkpoints import Checkpoints
 from learner.final import EXPORT, export_policy
+from learner.guest import Guest
 from learner.handover import kept_policy, require_kept_policy
 from learner.host import Host
 from learner.peers import Labour
@@ -46,7 +47,12 @@ class Conductor:
         learner = config.learner
         longest_wait_s = max(learner.start_timeout_s, learner.group_timeout_s, learner.eval_timeout_s)
         self._ranks = Ranks(device, timeout_s=longest_wait_s + learner.step_timeout_s)
-        self._host = Host(config) if self._ranks.is_first else None
+        self._host = self._guest = None
+        if self._ranks.is_first:
+            self._host = Host(config)
+        else:
+            self._guest = Guest(config, self._ranks.rank, limit_s=longest_wait_s + 2 * learner.step_timeout_s)
+            self._ranks.on_meeting = self._guest.meet
         self._stop_on_signals()
         self._trainer = Trainer(config, self._ranks, device)
         self._checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", keep=learner.keep_checkpoints)
@@ -78,8 +84,8 @@ class Conductor:
         return step == last
 
     def close(self) -> None:
-        if self._host:
-            self._host.close()
+        if house := self._host or self._guest:
+            house.close()
         self._ranks.close()
 
     def _restore(self) -> int:
@@ -101,6 +107,8 @@ class Conductor:
         mu = self._ranks.share_number(rows.mu if rows else -1.0)
         if mu < 0:
             return False
+        if self._guest:
+            self._guest.begin(step)
         taken = self._trainer.take(step, rows.rows if rows else None, mu=mu)
         if self._host and rows:
             self._settle()
@@ -159,6 +167,7 @@ class Conductor:
         self._publish_s += time.monotonic() - started
 
     def _checkpoint(self, step: int) -> None:
+        began = time.monotonic()
         if self._host:
             self._host.phase = "checkpointing"
             self._checkpoints.begin(step)
@@ -169,6 +178,7 @@ class Conductor:
         self._ranks.barrier()
         if self._host:
             self._checkpoints.finish(step, parameters_hash=parameters_hash)
+            self._host.recorder.prometheus.checkpoint_s.observe(time.monotonic() - began)
             if not self._config.learner.keep_arrivals:
                 self._host.ledger.prune_bodies(self._checkpoints.covered_step)
 

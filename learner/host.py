@@ -13,8 +13,8 @@ from common.chat import Chat
 from common.config.schema import Config
 from common.errors import OperatorError
 from common.keys.allowed import ServerKeys
-from common.metrics import serve_metrics
 from common.run_dir import RunDir
+from common.side_port import SidePort
 from common.trajectory import TrajectoryGroup
 from common.watchdog import Watchdog
 from common.weights.server import WeightServer
@@ -22,13 +22,14 @@ from common.weights.snapshot import Snapshot
 from common.wire.connections import MAX_NEWCOMERS, Bounds
 from common.wire.listener import Listener
 from common.wire.sockets import SocketLimits, reserve_descriptors
+from learner.checkpoints import Checkpoints
 from learner.expert.store import ExpertStore
 from learner.handover import Handover
 from learner.inbox import Inbox, LeaseTerms
 from learner.ledger.leases import DropReason
 from learner.ledger.ledger import Ledger
-from learner.metrics import GuardCollector, RunCollector
 from learner.publisher import Publisher
+from learner.readings import readings_of
 from learner.reception import Door
 from learner.recorder import Recorder
 from learner.shaping import Shaping
@@ -75,9 +76,12 @@ class Host:
         self.source = Source(
             config, self.ledger, experts, reader, describe_peers=self.inbox.peers.describe, check=self.check_for_end
         )
+        self.checkpoints = Checkpoints(self.run_dir.checkpoints, keep=1)
+        """Only looked at here."""
         self._board = StatusBoard(self.run_dir.status, self._status)
         self.run_dir.save_config(config)
         self.recorder.restore()
+        self._side_port = self._open_side_port()
         self.inbox.start()
 
     def _check_agreement(self, experts: ExpertStore | None) -> None:
@@ -165,12 +169,9 @@ class Host:
             silence_s=network.silence_s,
         )
         terms = LeaseTerms(
-            config.algorithm.group_size,
-            config.sampling.temperature,
-            config.sampling.max_tokens,
-            config.run.seed,
+            config.algorithm.group_size, config.sampling.temperature, config.sampling.max_tokens, config.run.seed,
             network.lease_s,
-        )
+        )  # fmt: skip
         self.inbox = Inbox(
             listener,
             self.ledger,
@@ -183,15 +184,23 @@ class Host:
             on_evaluation=self.publisher.finish_evaluation,
             judge=self._why_drop if config.algorithm.zero_variance == "drop" else None,
             watch=self.watchdog.watch("the learner's inbox", limit_s=config.run.watchdog_s),
+            observe_commit=self.recorder.prometheus.commit_s.observe,
         )
-        registry = self.recorder.prometheus.registry
-        registry.register(RunCollector(self.inbox.peers, self.ledger.account))
-        registry.register(GuardCollector([listener, self.server.requests, self.server.announcements]))
-        learner = config.learner
-        port = serve_metrics(registry, host=learner.metrics_host, port=learner.metrics_port, key="learner.metrics_port")
-        log.info(
-            "actors: tcp://%s:%d, metrics: http://%s:%d/metrics", network.host, self.port, learner.metrics_host, port
-        )
+        self.listeners = (listener, self.server.requests, self.server.announcements)
+        log.info("actors: tcp://%s:%d", network.host, self.port)
+
+    def _open_side_port(self) -> SidePort:
+        registry, learner = self.recorder.prometheus.registry, self._config.learner
+        for reading in readings_of(self, self._config):
+            registry.register(reading)
+        return SidePort(
+            registry, component="learner", health=self.watchdog.verdict, readiness=self.why_not_ready,
+            host=learner.metrics_host, port=learner.metrics_port, key="learner.metrics_port",
+        )  # fmt: skip
+
+    def why_not_ready(self) -> str:
+        """A line where the learner takes no groups and grants no leases; empty where it does."""
+        return "" if self.inbox.grants_leases else f"the learner grants no leases: {self.phase} after step {self.step}"
 
     def _why_drop(self, group: TrajectoryGroup) -> DropReason | None:
         return None if self._shaping.has_signal(group) else DropReason.ZERO_VARIANCE
@@ -254,6 +263,7 @@ class Host:
             time.sleep(0.1)
 
     def close(self) -> None:
+        self._side_port.close()
         self._board.close()
         self.source.close()
         self.inbox.close()

@@ -72,8 +72,10 @@ class Inbox:
         newest: Callable[[], Version | None], is_published: Callable[[Version], bool],
         evaluation: Callable[[], Version | None], on_evaluation: Callable[[EvaluationResult], Outcome],
         judge: Callable[[TrajectoryGroup], DropReason | None] | None = None, watch: Watch | None = None,
+        observe_commit: Callable[[float], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        """`judge` says why a valid group is to be dropped all the same; None: none is."""
+        """`judge` says why a valid group is to be dropped all the same; None: none is. `observe_commit` is told the
+        seconds from a round's first message to its commit, where it held groups."""
         self._listener = listener
         self._ledger = ledger
         self._door = door
@@ -85,6 +87,7 @@ class Inbox:
         self._on_evaluation = on_evaluation
         self._judge = judge
         self._watch = watch
+        self._observe_commit = observe_commit
         self.peers = Peers()
         self._reception = Reception(door, self.peers, ledger, newest=newest)
         self._attendance = Attendance(self.peers, ledger, silence_s=door.silence_s, lease_s=terms.lease_s)
@@ -140,9 +143,12 @@ class Inbox:
         def collect(is_over: Callable[[], bool]) -> None:
             following.extend(self._intake.collect(0, is_over=is_over))
 
+        began = time.monotonic()
         with self._ledger.transaction(while_committing=collect):
             replies = [reply for letter in letters if (reply := self._handle(letter))]
             self._attendance.mind_the_silent()
+        if any(letter.group for letter in letters):
+            self._observe_commit(time.monotonic() - began)
         for reply in replies:
             self._send(reply)
         for letter in letters:

@@ -1,19 +1,16 @@
-"""The learner's Prometheus metrics; their values come from the step record and the inbox."""
+"""The learner's Prometheus metrics that come with events: steps above all. learner/readings.py has the others."""
 
-from collections import Counter as Tally
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
 
-from common.wire.listener import Listener
-from learner.ledger.account import Account
-from learner.peers import Peers
+from common.metrics import Reading
 
 GAUGES = {
     "step": ("chord_learner_step", "Optimizer steps completed."),
+    "time": ("chord_learner_last_step_timestamp_seconds", "When the last optimizer step ended, Unix time."),
     "mu": ("chord_mu_ratio", "Weight of the expert half of the loss."),
     "mu_effective": ("chord_mu_effective_ratio", "The expert half's share of the gradient, when measured last."),
     "lr": ("chord_learning_rate", "Learning rate of the last step."),
@@ -34,6 +31,7 @@ GAUGES = {
     "expert_p_gt_09_frac": ("chord_expert_likely_ratio", "Share of expert tokens with p > 0.9."),
     "expert_phi_mean": ("chord_expert_phi_mean", "Mean token weight of the expert loss."),
     "reward_mean": ("chord_reward_mean", "Mean reward of the trained trajectories."),
+    "truncated_frac": ("chord_answers_truncated_ratio", "Share of the trained answers that were cut off."),
     "groups_with_signal_frac": ("chord_groups_with_signal_ratio", "Share of groups whose rewards differ."),
     "sampled_answer_tokens_mean": ("chord_sampled_answer_tokens_mean", "Mean length of the answers that came."),
     "trained_answer_tokens_mean": ("chord_trained_answer_tokens_mean", "Mean length of the answers trained on."),
@@ -45,71 +43,82 @@ GAUGES = {
 }
 """Field of the step record → name and help."""
 
-
-class GuardCollector(Collector):
-    """What the learner's listening sockets refused and closed, read from them when they are scraped."""
-
-    def __init__(self, listeners: Sequence[Listener]) -> None:
-        self._listeners = listeners
-
-    def collect(self) -> Iterable[Metric]:
-        refused = CounterMetricFamily("chord_messages_refused", "Messages refused, by fault.", labels=["fault"])
-        closed = CounterMetricFamily("chord_connections_closed", "Connections shut, by reason.", labels=["reason"])
-        for family, tallies in (
-            (refused, [listener.refusals for listener in self._listeners]),
-            (closed, [listener.closings for listener in self._listeners]),
-        ):
-            for name, count in sum(map(Tally, map(dict, tallies)), Tally[str]()).items():
-                family.add_metric([name], count)
-        present = GaugeMetricFamily("chord_connections", "Connections to the learner's ports.")
-        present.add_metric([], sum(listener.num_connections for listener in self._listeners))
-        return [refused, closed, present]
-
-
-class RunCollector(Collector):
-    """Who takes part, and what was dropped, read when they are scraped."""
-
-    def __init__(self, peers: Peers, account: Account) -> None:
-        self._peers = peers
-        self._account = account
-
-    def collect(self) -> Iterable[Metric]:
-        present = GaugeMetricFamily("chord_peers", "Actors and evaluators, by state.", labels=["role", "state"])
-        for (role, state), count in Tally((peer.role, peer.state) for peer in self._peers.all()).items():
-            present.add_metric([role, state], count)
-        dropped = CounterMetricFamily("chord_groups_dropped", "Groups dropped, by reason.", labels=["reason"])
-        for reason, count in self._account.dropped().items():
-            dropped.add_metric([reason], count)
-        return [present, dropped]
+STEP_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
+WRITE_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+COMMIT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class LearnerMetrics:
-    """One registry; `observe` is called after every step."""
+    """One registry; `observe` is called after every step, the histograms' by those who do what they measure."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._gauges = {field: Gauge(name, text, registry=self.registry) for field, (name, text) in GAUGES.items()}
-        self._groups = Counter("chord_groups_trained_total", "Groups trained.", registry=self.registry)
+        self.registry = registry = CollectorRegistry()
+        self._last: dict[str, float] = {}
+        """What is known of the fields of the step record."""
+        for field, (name, text) in GAUGES.items():
+            registry.register(Reading(GaugeMetricFamily, name, text, lambda field=field: self._last.get(field)))
+        self._groups = Counter("chord_groups_trained_total", "Groups trained.", registry=registry)
         self._tokens = Counter(
-            "chord_tokens_trained_total", "Loss-bearing tokens trained.", ["component"], registry=self.registry
+            "chord_tokens_trained_total", "Loss-bearing tokens trained.", ["component"], registry=registry
         )
+        self._expert_rows = Counter("chord_expert_rows_used_total", "Expert rows trained on.", registry=registry)
         self._seconds = Counter(
-            "chord_learner_phase_seconds_total", "Time of the train loop.", ["phase"], registry=self.registry
+            "chord_learner_phase_seconds_total", "Time of the train loop.", ["phase"], registry=registry
         )
         self._staleness = Histogram(
-            "chord_staleness_steps", "Staleness of trained groups.", buckets=(0, 1, 2, 4, 8, 16), registry=self.registry
+            "chord_staleness_steps", "Staleness of trained groups.", buckets=(0, 1, 2, 4, 8, 16), registry=registry
         )
+        self._step_s = Histogram(
+            "chord_learner_step_seconds", "From one optimizer step to the next.", buckets=STEP_S, registry=registry
+        )
+        self.publish_s = Histogram(
+            "chord_weights_publish_seconds",
+            "Writing a version, making its delta and announcing it.",
+            buckets=WRITE_S,
+            registry=registry,
+        )
+        self.checkpoint_s = Histogram(
+            "chord_checkpoint_seconds", "Writing a checkpoint.", buckets=WRITE_S, registry=registry
+        )
+        self.commit_s = Histogram(
+            "chord_inbox_commit_seconds",
+            "Handling a round of messages with groups, until it is on disk.",
+            buckets=COMMIT_S,
+            registry=registry,
+        )
+        self._published = Counter(
+            "chord_weights_published_bytes_total",
+            "Size of the versions announced, and of the deltas that lead to them.",
+            ["kind"],
+            registry=registry,
+        )
+        for counter, values in (
+            (self._tokens, ("policy", "expert")),
+            (self._seconds, ("wait", "train", "publish")),
+            (self._published, ("full", "delta")),
+        ):
+            for value in values:
+                counter.labels(value)
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Where the run stands: the record of its last step, which an earlier learner took."""
+        self._last |= {field: record[field] for field in GAUGES if record.get(field) is not None}
 
     def observe(self, record: Mapping[str, Any]) -> None:
         """Take over one step record (a line of metrics.jsonl)."""
-        for field, gauge in self._gauges.items():
-            if record.get(field) is not None:
-                gauge.set(record[field])
+        self.restore(record)
         self._groups.inc(record["num_groups"])
         self._tokens.labels("policy").inc(record["num_policy_tokens"])
         self._tokens.labels("expert").inc(record["num_expert_tokens"])
+        self._expert_rows.inc(record["num_expert_rows"])
+        self._step_s.observe(record["step_s"])
         for phase in ("wait", "train", "publish"):
             self._seconds.labels(phase).inc(record[f"{phase}_s"])
         for staleness, count in record["staleness_histogram"].items():
             for _ in range(count):
                 self._staleness.observe(float(staleness))
+
+    def count_version(self, *, num_bytes: int, delta_bytes: int) -> None:
+        """A version was announced; 0 where no delta leads to it."""
+        self._published.labels("full").inc(num_bytes)
+        self._published.labels("delta").inc(delta_bytes)

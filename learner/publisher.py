@@ -7,6 +7,7 @@ that their order is kept. Waits for the disk only. An evaluation that is owed pi
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -124,8 +125,11 @@ class Publisher:
                 self._publication.wait(CLOSE_S)
 
     def _run(self, publication: Publication, tensors: Mapping[str, Tensor], **how: bool) -> None:
+        began = time.monotonic()
         try:
-            publication.snapshot.set_result(self._publish(tensors, publication.step, **how))
+            snapshot = self._publish(tensors, publication.step, **how)
+            self._recorder.prometheus.publish_s.observe(time.monotonic() - began)
+            publication.snapshot.set_result(snapshot)
         except BaseException as error:
             publication.snapshot.set_exception(error)
 
@@ -174,7 +178,11 @@ class Publisher:
         """The delta comes first: those who hear of a version before there is one fetch all of it."""
         base, self._base = self._base, snapshot
         is_there = base is not None and base.path != snapshot.path  # a version that replaces another takes its file
-        self._server.publish(snapshot, pin=pin, delta=make_delta(base, snapshot) if base and is_there else None)
+        delta = make_delta(base, snapshot) if base and is_there else None
+        self._recorder.prometheus.count_version(
+            num_bytes=snapshot.manifest.num_bytes, delta_bytes=delta.num_bytes if delta else 0
+        )
+        self._server.publish(snapshot, pin=pin, delta=delta)
 
     def _take_over(self) -> None:
         """Of an earlier start's snapshots keep those whose evaluation is still owed, where they are whole."""

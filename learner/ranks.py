@@ -1,7 +1,7 @@
 """The learner's ranks: one process each. Rank 0 hosts ledger, inbox and publisher, and deals the others their share."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import timedelta
 
@@ -30,6 +30,8 @@ class Ranks:
         self.rank = dist.get_rank()
         self.count = dist.get_world_size()
         self._control = dist.new_group(backend="gloo", timeout=timeout)
+        self.on_meeting: Callable[[], None] = lambda: None
+        """Called when this rank has heard from the others."""
 
     @property
     def is_first(self) -> bool:
@@ -51,10 +53,12 @@ class Ranks:
         """Rank 0's number, on every rank; float64."""
         shared = torch.tensor([number or 0], dtype=torch.float64)
         dist.broadcast(shared, src=0, group=self._control)
+        self.on_meeting()
         return float(shared)
 
     def barrier(self) -> None:
         dist.barrier(group=self._control)
+        self.on_meeting()
 
     def deal_batches(self, shares: Sequence[Sequence[TrainBatch]] | None) -> list[TrainBatch]:
         """Rank r gets `shares[r]`; only rank 0 passes them. Tensors travel as safetensors bytes."""
@@ -69,6 +73,7 @@ class Ranks:
         dist.recv(size, src=0, group=self._control)
         data = torch.empty(int(size), dtype=torch.uint8)
         dist.recv(data, src=0, group=self._control)
+        self.on_meeting()
         return _from_bytes(data.numpy().tobytes())
 
     def close(self) -> None:

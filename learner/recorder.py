@@ -67,7 +67,9 @@ class Recorder:
     def restore(self) -> None:
         """Write metrics.jsonl and eval.jsonl anew from the ledger, whatever a crash or a bad disk did to them."""
         records = self._ledger.account.records()
-        self._earlier_s = records[-1]["run_wall_s"] if records else 0.0
+        if records:
+            self._earlier_s = records[-1]["run_wall_s"]
+            self.prometheus.restore(records[-1])
         _write_lines(self._metrics_path, records)
         _write_lines(self._eval_path, self._ledger.account.evaluations())
 

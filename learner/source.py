@@ -44,12 +44,14 @@ class Source:
         self._is_paced = config.algorithm.staleness_policy is StalenessPolicy.PACE
         self.waited_s = 0.0
         """Time from asking for the rows of the last step to having them."""
+        self._expert_cursor: int | None = None
         self._ahead = ReadAhead(ledger.changed, self._draft, reader.read)
 
     def next_rows(self, step: int) -> StepRows:
         """The rows of `step`: those of its committed composition where there is one (a replay), else newly cut."""
         started = time.monotonic()
         composition = self._ledger.history.batch(step) or self._cut(step)
+        self._expert_cursor = composition.expert_cursor
         rows = self._ahead.end()
         if rows is None or rows.composition != composition:
             rows = self._reader.read(composition)
@@ -57,6 +59,16 @@ class Source:
         if step + 1 < self._config.learner.num_steps:
             self._ahead.begin(step + 1)
         return rows
+
+    @property
+    def num_expert_rows(self) -> int:
+        """Rows in the store; 0 where no step has μ > 0."""
+        return len(self._row_ids)
+
+    @property
+    def expert_epochs(self) -> float | None:
+        """Times that the store was drawn from end to end; None before a step is composed, and without a store."""
+        return self._expert_cursor / len(self._row_ids) if self._expert_cursor is not None and self._row_ids else None
 
     def close(self) -> None:
         """Read no further, so that ledger and store can be closed."""

@@ -216,7 +216,7 @@ class Bench:
         self.link = LearnerLink(network, hello)
         self._fitter = Fitter(self.engine, network, folder, name="a", in_flight=True, welcome=lambda: self.link.welcome)
         self.worker = Worker(parts, self.link, self._fitter, self.metrics, self._actor)
-        self._fitter.on_loaded = self.worker.wake
+        self._fitter.on_loaded = self.worker.note_load
 
     def run(self, until: Callable[[], bool] = lambda: False) -> str:
         """Why it ended by itself, or by `drain` once `until` holds."""
@@ -418,7 +418,28 @@ def test_an_actor_without_work_is_idle_and_says_for_how_long(
     told = [request.idle_s for request in learner.of(WorkRequest)]
     assert told == sorted(told)
     assert told[0] == 0
-    assert bench.counted("chord_actor_idle_seconds") > 0.5
+    assert bench.counted("chord_actor_idle_seconds_total") > 0.5
+
+
+def test_an_actor_is_ready_without_a_lease_but_not_on_weights_of_long_ago_nor_when_it_drains(
+    learner: HandLearner, make_bench: Callable[..., Bench]
+) -> None:
+    learner.num_leases = 0
+    bench, said = make_bench(), list[str]()
+
+    def look() -> bool:
+        said.append(bench.worker.why_not_ready(max_lag=2))
+        if not said[-1]:  # ready: now the learner names weights that nobody can fetch
+            learner.newest = learner.snapshot.version.model_copy(update={"step": 3, "hash": "b" * 32})
+        return "behind" in said[-1]
+
+    bench.run(until=look)
+    assert said[0].startswith("the actor is starting: no version yet")
+    assert "" in said
+    assert said[-1].startswith("the actor's weights are 3 versions behind, expected at most 2: version 0")
+    assert bench.worker.why_not_ready(max_lag=2).startswith("the actor is draining")
+    assert bench.counted("chord_actor_version_lag_steps") == 3
+    assert bench.counted("chord_actor_version_step") == 0
 
 
 def test_an_engine_that_fails_again_and_again_ends_the_actor_with_one_line(

@@ -14,6 +14,7 @@ from actors.concurrency import FIRST_GROUPS, Concurrency
 from actors.engine import Pressure, SamplingParameters
 from actors.engines.vllm import VllmEngine
 from common.config.schema import Actor
+from common.side_port import LibraryMetrics
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not importable"),
@@ -90,6 +91,19 @@ def test_it_tells_how_full_its_kv_cache_is_and_who_waits(run: Run) -> None:
     assert any(pressure.kv_cache_frac == 1.0 and pressure.waiting_frac == 0.5 for pressure in seen)
     assert seen[-1].kv_cache_frac < 1.0
     assert seen[-1].num_preemptions == 0
+
+
+def test_vllms_own_metrics_are_served_beside_those_of_the_actor(run: Run) -> None:
+    def tokens() -> float:
+        samples = [sample for family in LibraryMetrics().collect() for sample in family.samples]
+        return sum(sample.value for sample in samples if sample.name == "vllm:generation_tokens_total")
+
+    async def sample(engine: VllmEngine) -> int:
+        return len((await engine.sample([7, 8, 9], SamplingParameters(1.0, 20))).tokens)
+
+    before = tokens()
+    num_sampled = run(sample)
+    assert tokens() - before == num_sampled
 
 
 def test_an_actor_takes_on_more_groups_where_the_kv_cache_has_room(run: Run) -> None:

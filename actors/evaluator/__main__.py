@@ -97,7 +97,8 @@ async def serve(config: Config, name: str) -> None:
     from actors.fitter import Fitter
     from actors.link import LearnerLink
     from actors.pulse import Pulse
-    from actors.start import make_hello, make_parts, on_stop, serve_peer_metrics
+    from actors.start import make_hello, make_parts, on_stop
+    from common.side_port import SidePort
     from common.wire.messages import Role
 
     pulse = Pulse(config, "evaluator")
@@ -106,9 +107,6 @@ async def serve(config: Config, name: str) -> None:
     engine = config.eval.engine or config.actor.engine
     parts = make_parts(config, engine, metrics.registry, plan.tasks[0].environment)
     run_dir = RunDir(Path(config.run.dir))
-    serve_peer_metrics(
-        metrics.registry, host=config.learner.metrics_host, port=config.eval.metrics_port, key="eval.metrics_port"
-    )
     link = LearnerLink(config.network, make_hello(config, name=name, role=Role.EVALUATOR, engine=parts.engine))
     fitter = Fitter(
         parts.engine,
@@ -125,6 +123,11 @@ async def serve(config: Config, name: str) -> None:
     on_stop(service.drain)
     beating = asyncio.create_task(pulse.keep(), name="pulse")
     try:
+        SidePort(
+            metrics.registry, component="evaluator", engine=parts.engine.name, health=pulse.verdict,
+            readiness=service.why_not_ready,
+            host=config.learner.metrics_host, port=config.eval.metrics_port, key="eval.metrics_port",
+        )  # fmt: skip
         log.info("leaving: %s", await service.run())
     finally:
         pulse.leave()

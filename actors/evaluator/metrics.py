@@ -20,7 +20,10 @@ class EvaluatorMetrics:
         self._unparsed = Gauge(
             "chord_evaluation_unparsed_ratio", "Answers without a readable result.", ["task"], registry=self.registry
         )
-        self._version = Gauge("chord_evaluation_version_step", "Version evaluated last.", registry=self.registry)
+        self._version = Gauge(
+            "chord_evaluation_version_step", "Version evaluated last; -1 before the first.", registry=self.registry
+        )
+        self._version.set(-1)
         self._seconds = Counter("chord_evaluation_seconds_total", "Time spent evaluating.", registry=self.registry)
 
     def observe(self, version: Version, scores: Sequence[TaskScore]) -> None:

@@ -136,6 +136,14 @@ class EvaluationService:
             return ActorState.FITTING if self._fitting else ActorState.SERVING
         return self._standing.state
 
+    def why_not_ready(self) -> str:
+        """A line where the evaluator could not begin an evaluation now; empty where it could, or does one."""
+        if self._drain.is_set():
+            return "the evaluator is draining"
+        if not self._parts.guard.is_started:
+            return "the evaluator's engine has not started yet"
+        return "" if self._link.welcome else f"the evaluator has no connection to the learner at {self._link.address}"
+
     async def _evaluate(self, version: Version) -> None:
         self._fitting = version
         try:
