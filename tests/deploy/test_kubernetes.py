@@ -2,7 +2,6 @@
 
 import json
 import re
-import stat
 import subprocess
 import sys
 import tomllib
@@ -10,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import OperatorError
-from common.keys.folder import KeyFolder, check_server_keys, peer_keys
 from learner.launch import SHUTDOWN_S, placement
 from tests.deploy.checkov import findings
 from tests.deploy.manifests import CLUSTERS, KUBERNETES, WORKLOADS, build, documents, learner, of_kind, pods, policies
@@ -174,43 +171,6 @@ def test_every_pod_gives_up_what_it_has_no_use_for(name: str) -> None:
             }
             limits = container["resources"]["limits"]
             assert {"cpu", "memory"} <= limits.keys()
-
-
-@every_cluster
-def test_keys_are_taken_from_secrets_in_a_shape_that_the_program_takes(name: str, tmp_path: Path) -> None:
-    """The very commands of the init containers, with a secret's files as Kubernetes mounts them."""
-    made = tmp_path / "made"
-    pools = sorted({pod.labels["chord-rl/pool"] for pod in pods(CLUSTERS[name], "chord-actor")})
-    names = ["learner", "evaluator", *pools]
-    subprocess.run([sys.executable, "-m", "common.keys", "create", str(made), *names], cwd=ROOT, check=True)
-    for pod in pods(CLUSTERS[name]):
-        place = tmp_path / pod.name
-        (secret,) = [volume["secret"] for volume in pod.spec["volumes"] if volume["name"] == "secret"]
-        key = secret["secretName"].removeprefix("chord-").removesuffix("-keys")
-        for folder in ("secret", "keys", "data", "var/lib/chord"):
-            (place / folder).mkdir(parents=True)
-        for file in {f"{key}.secret", "learner.public"}:
-            copy = place / "secret" / file
-            copy.write_bytes((made / file).read_bytes())
-            copy.chmod(secret["defaultMode"] | stat.S_IRGRP)  # a volume's group may read what its owner may
-        (place / "data" / "expert.sqlite").write_bytes(b"a store")
-        container = pod.preparation
-        words = pod.fill_in(container, [*container["command"], *container.get("args", ())])
-        moved = [re.sub(r"(^|\s)/(secret|keys|data|var)\b", rf"\1{place}/\2", word) for word in words]
-        for _ in range(2):  # a pod's init containers may run again
-            subprocess.run(moved, check=True, capture_output=True)
-        keys = place / "keys"
-        if key == "learner":
-            check_server_keys(str(keys))
-            assert (place / "var/lib/chord/expert.sqlite").read_bytes() == b"a store"
-            assert (keys / "allowed").is_dir()
-            continue
-        with pytest.raises(OperatorError, match="others can read"):
-            KeyFolder(place / "secret").pair(key)
-        (peer_id,) = [word.removeprefix("--name=") for word in pod.command() if word.startswith("--name=")]
-        found = peer_keys(str(keys), peer_id)
-        assert found
-        assert found.pair == KeyFolder(made).pair(key)
 
 
 @every_cluster
