@@ -256,10 +256,7 @@ class Learner(Section):
 
 
 class Network(Section):
-    host: str = Field(
-        "127.0.0.1",
-        description="address of the learner: bound by it, connected to by actors (for whom it may be a name)",
-    )
+    host: str = Field("127.0.0.1", description="address of the learner: bound by it; to actors it may be a name")
     port: Port = Field(5757, description="the learner's front door; chord-local turns 0 into a free port")
     weights_port: Port = Field(0, description="where the learner serves weights; 0 takes a free port and tells actors")
     announcements_port: Port = Field(0, description="where it announces versions; 0 takes a free port and tells actors")

@@ -116,6 +116,15 @@ def test_every_command_of_compose_accepts_its_configuration(compose: dict[str, A
         assert 60 * minutes > config.actor.drain_s
 
 
+def test_scripts_in_compose_are_clean(compose: dict[str, Any]) -> None:
+    commands = [service["command"] for service in compose["services"].values() if service.get("command")]
+    scripts = [command[-1].replace("$$", "$") for command in commands if command[0] == "/bin/sh"]
+    assert len(scripts) == 2
+    for script in scripts:
+        done = subprocess.run(["shellcheck", "--shell=sh", "-"], input=script, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
 def test_every_container_of_compose_has_no_more_rights_than_it_needs(compose: dict[str, Any]) -> None:
     for service in compose["services"].values():
         assert service["read_only"] is True

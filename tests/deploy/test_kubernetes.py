@@ -24,7 +24,7 @@ LARGEST_GOODBYE_S = 15
 def test_every_kustomization_builds() -> None:
     folders = [path.parent for path in KUBERNETES.rglob("kustomization.yaml")]
     built = [folder for folder in folders if "kind: Kustomization" in (folder / "kustomization.yaml").read_text()]
-    assert len(built) >= 8
+    assert len(built) >= 9
     for folder in built:
         assert build(folder)
     for component in {*folders} - {*built}:  # every one is of use to something that was built
@@ -193,3 +193,19 @@ def test_a_change_of_configuration_starts_pods_anew() -> None:
         for workload in of_kind(folder, *WORKLOADS):
             volumes = workload["spec"]["template"]["spec"]["volumes"]
             assert {"name": "config", "configMap": {"name": config["metadata"]["name"]}} in volumes, name
+
+
+def test_the_handbook_makes_what_the_manifests_ask_for() -> None:
+    handbook = (ROOT / "deploy" / "README.md").read_text()
+    section = handbook.partition("## A cluster, with Kubernetes")[2].partition("\n## ")[0]
+    volumes = [volume for pod in pods(CLUSTERS["cpu"]) for volume in pod.spec["volumes"]]
+    secrets = {volume["secret"]["secretName"] for volume in volumes if "secret" in volume}
+    assert set(re.findall(r"create secret generic (\S+)", section)) == secrets
+    made = set(re.findall(r"create configmap (\S+)", section))
+    generated = {document["metadata"]["name"] for document in of_kind(CLUSTERS["cpu"], "ConfigMap")}
+    assert {volume["configMap"]["name"] for volume in volumes if "configMap" in volume} == made | generated
+    for folder in re.findall(r"-k (deploy/\S+)", section):
+        assert build(ROOT / folder)
+    for name in re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE):
+        assert (KUBERNETES / name / "kustomization.yaml").exists()
+    assert re.findall(r"docker build --file (\S+) --target (\S+)", section) == [("deploy/docker/Dockerfile", "gpu")]
