@@ -88,7 +88,7 @@ def words_of(service: dict[str, Any]) -> list[str]:
     if command[0] != "/bin/sh":
         return command
     script = command[-1].replace("\\\n", " ").replace("$$", "$").strip().splitlines()[-1]
-    return script.removeprefix("exec ").replace('"', "").replace("$HOSTNAME", "0a1b2c").split()
+    return script.removeprefix("exec ").replace('"', "").replace("$(cat /etc/hostname)", "0a1b2c").split()
 
 
 def test_what_compose_mounts_exists(compose: dict[str, Any]) -> None:

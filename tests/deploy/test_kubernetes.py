@@ -204,7 +204,7 @@ def test_the_handbook_makes_what_the_manifests_ask_for() -> None:
     made = set(re.findall(r"create configmap (\S+)", section))
     generated = {document["metadata"]["name"] for document in of_kind(CLUSTERS["cpu"], "ConfigMap")}
     assert {volume["configMap"]["name"] for volume in volumes if "configMap" in volume} == made | generated
-    for folder in re.findall(r"-k (deploy/\S+)", section):
+    for folder in re.findall(r"-k (deploy/[\w/-]+)", section):
         assert build(ROOT / folder)
     for name in re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE):
         assert (KUBERNETES / name / "kustomization.yaml").exists()
