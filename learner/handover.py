@@ -4,11 +4,8 @@ It is as if one run had ended and another begun from its `final/`: the published
 precision; the optimizer and the schedules of lr and μ begin anew; no prompt was leased before.
 """
 
-import errno
 import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +13,7 @@ from pathlib import Path
 from common.config.schema import Config
 from common.errors import OperatorError
 from common.weights.snapshot import Snapshot, read_snapshot
-from learner.durable import sync
+from learner.durable import link_or_copy, sync
 from learner.ledger.ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -76,7 +73,7 @@ class Handover:
         path = kept_policy(self._config, step)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        _link_or_copy(snapshot.path, path)
+        link_or_copy(snapshot.path, path)
         sync(path)
         sync(path.parent)
         self._forget_all_but(self._may_win())
@@ -125,13 +122,3 @@ class Handover:
     def _forget_all_but(self, steps: set[int]) -> None:
         for step in set(self._kept()) - steps:
             kept_policy(self._config, step).unlink()
-
-
-def _link_or_copy(source: Path, destination: Path) -> None:
-    """A link costs nothing; ranks on several machines may share the destination's folder, but not the source's disk."""
-    try:
-        os.link(source, destination)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        shutil.copyfile(source, destination)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from common.wire.ports import free_ports
+from learner.durable import link_or_copy
 from tests.runs import QUIET, import_experts, read_lines, read_summary, run_module, write_config
 
 NUM_STEPS = 6
@@ -84,3 +86,15 @@ def test_a_machine_that_does_not_exist_is_refused(tiny_model: Path, tmp_path: Pa
     done = run_module("learner", "--config", config, "--node", "2", *where, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("--node: got 2, expected 0 to 1, below learner.num_nodes")
+
+
+def test_a_policy_is_kept_on_another_disk_too(tmp_path: Path) -> None:
+    """Where all machines see it; /dev/shm is a disk of its own."""
+    source = tmp_path / "version"
+    source.write_bytes(b"weights")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        assert os.stat(folder).st_dev != source.stat().st_dev
+        link_or_copy(source, Path(folder) / "kept")
+        assert (Path(folder) / "kept").read_bytes() == b"weights"
+    link_or_copy(source, tmp_path / "linked")
+    assert (tmp_path / "linked").samefile(source)

@@ -17,6 +17,7 @@ from tests.deploy.tools import ROOT, TOOLS
 PYTHON = TOOLS / "python" / "bin"
 MODULES = {"chord-learner": "learner", "chord-actor": "actors", "chord-eval": "actors.evaluator"}
 every_cluster = pytest.mark.parametrize("name", CLUSTERS)
+OLDEST_RELEASE = "1.28"
 LARGEST_GOODBYE_S = 15
 """From the end of a drain to the end of the process."""
 
@@ -38,10 +39,10 @@ def test_kubernetes_accepts_it(name: str, tmp_path: Path) -> None:
         is_custom = document["apiVersion"].partition("/")[0] in ("monitoring.coreos.com", "keda.sh")
         (custom if is_custom else core).append(json.dumps(document))
     (tmp_path / "core.yaml").write_text("\n---\n".join(core))
-    done = subprocess.run(
-        [PYTHON / "kubernetes-validate", "--strict", tmp_path / "core.yaml"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    for release in (["-k", OLDEST_RELEASE], []):  # without -k, the newest that it knows
+        command = [PYTHON / "kubernetes-validate", "--strict", *release, tmp_path / "core.yaml"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
     assert len(custom) == (3 if name == "example" else 0)
     for document in custom:
         checked = subprocess.run(
@@ -204,6 +205,7 @@ def test_the_handbook_makes_what_the_manifests_ask_for() -> None:
     made = set(re.findall(r"create configmap (\S+)", section))
     generated = {document["metadata"]["name"] for document in of_kind(CLUSTERS["cpu"], "ConfigMap")}
     assert {volume["configMap"]["name"] for volume in volumes if "configMap" in volume} == made | generated
+    assert f"Kubernetes {OLDEST_RELEASE} or newer" in section
     for folder in re.findall(r"-k (deploy/[\w/-]+)", section):
         assert build(ROOT / folder)
     for name in re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE):
