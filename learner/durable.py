@@ -16,7 +16,7 @@ def sync(path: Path) -> None:
 
 
 def link_or_copy(source: Path, destination: Path) -> None:
-    """A link costs nothing; where the two are on different disks, as with ranks on several machines, it takes a copy."""
+    """A link, which costs nothing; a copy where the two are on different disks, as with ranks on several machines."""
     try:
         os.link(source, destination)
     except OSError as error:
