@@ -12,7 +12,11 @@ BEAT_S = 1.0
 class Pulse:
     """Begins as soon as it is made; `keep` runs beside the peer's work."""
 
-    def __init__(self, config: Config, component: str) -> None:
+    def __init__(
+        self, config: Config, component: str, *, ready_in: frozenset[ActorState] = frozenset({ActorState.SERVING})
+    ) -> None:
+        """`ready_in`: the states in which the peer does what it is there for."""
+        self._ready_in = ready_in
         self._limit_s = config.run.watchdog_s
         self._learner_s = config.network.learner_timeout_s
         self._watchdog = Watchdog()
@@ -30,8 +34,10 @@ class Pulse:
     def show(self, state: ActorState, detail: str) -> None:
         """The work loop has come round in `state`; its next wait for the learner ends by itself, or is overdue."""
         self._work.enter(f"{state}, {detail}", limit_s=self._learner_s + self._limit_s)
-        if state is ActorState.SERVING:
+        if state in self._ready_in:
             self._watchdog.ready()
+        if state is ActorState.DRAINING:
+            self._watchdog.stopping()
 
     def verdict(self) -> str:
         """A line where a loop is overdue, else nothing."""
@@ -39,4 +45,5 @@ class Pulse:
 
     def leave(self) -> None:
         """All that is left is to close things, which must not take long."""
+        self._watchdog.stopping()
         self._work.enter("leaving", limit_s=self._limit_s)

@@ -11,6 +11,7 @@ import typer
 
 from common.config.load import ResolvedConfig, resolve_config
 from common.errors import COMPONENT_FAILURE, OPERATOR_ERROR, ComponentFailure, OperatorError
+from common.log_lines import LogFormat, last_line, log_format, log_what_python_says, make_formatter
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Configuration file (TOML).")]
 OverridesArgument = Annotated[
@@ -42,7 +43,7 @@ def run_command(name: str, command: Callable[[], object]) -> NoReturn:
     except (OperatorError, ComponentFailure) as error:
         code = OPERATOR_ERROR if isinstance(error, OperatorError) else COMPONENT_FAILURE
         try:
-            print("\n".join(f"{name}: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+            print("\n".join(last_line(name, line) for line in str(error).splitlines()), file=sys.stderr, flush=True)
         except OSError:
             os._exit(code)  # the log's disk is full too; the interpreter would end with a code of its own
         sys.exit(code)
@@ -51,24 +52,15 @@ def run_command(name: str, command: Callable[[], object]) -> NoReturn:
     sys.exit(0)
 
 
-def _on_one_line(record: logging.LogRecord) -> bool:
-    """What a peer sent must not look like a line of its own."""
-    record.msg, record.args = record.getMessage().replace("\r", "\\r").replace("\n", "\\n"), ()
-    return True
-
-
 def start_logging(name: str) -> None:
-    """Plain lines on stderr: time, component, level, message. CHORD_LOG_LEVEL sets what is worth one (info)."""
+    """Lines on stderr, of the shape that CHORD_LOG_FORMAT asks for. CHORD_LOG_LEVEL sets what is worth one (info)."""
     level = os.environ.get("CHORD_LOG_LEVEL", "info").upper()
     if level not in logging.getLevelNamesMapping():
         raise OperatorError(f"CHORD_LOG_LEVEL: got {level.lower()!r}, expected debug, info, warning or error")
-    logging.basicConfig(
-        level=logging.INFO,
-        format=f"%(asctime)s {name} %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_on_one_line)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(make_formatter(name))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    if log_format() is LogFormat.JSON:
+        log_what_python_says()
     for package in ("actors", "common", "learner"):  # other people's debug lines are theirs
         logging.getLogger(package).setLevel(level)

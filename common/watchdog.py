@@ -25,6 +25,8 @@ NOTIFY_SOCKET = "NOTIFY_SOCKET"
 TICK_S = 0.5
 MAX_TICK_S = 2.0
 """A longer tick was not lived through: the process was stopped, its machine suspended, or its interpreter held up."""
+STARTS_AND_STOPS_S = 60
+"""While a component starts or stops, its supervisor is asked for so much more time with every sign of life."""
 LAST_WORDS_S = 10.0
 """Longest time for the stacks and the line; the process ends even where writing them hangs."""
 
@@ -134,6 +136,7 @@ class Watchdog:
         self._watches: list[Watch] = []
         self._notifier = Notifier(is_heard=is_heard)
         self._is_ready = False
+        self._is_stopping = False
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._guard, name="watchdog", daemon=True)
         self._thread.start()
@@ -154,11 +157,17 @@ class Watchdog:
             self._is_ready = True
             self._notifier.send("READY=1")
 
+    def stopping(self) -> None:
+        """The component has begun to end, which is watched like the rest; later calls say nothing new."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._notifier.send("STOPPING=1")
+
     def close(self) -> None:
         """Watch no longer: the process ends."""
+        self.stopping()
         self._is_closing.set()
         self._thread.join(timeout=5)
-        self._notifier.send("STOPPING=1")
         self._notifier.close()
 
     def _guard(self) -> None:
@@ -169,7 +178,12 @@ class Watchdog:
                 _end(line)
             if now_s - told_s >= 1.0:
                 told_s = now_s
-                self._notifier.send("WATCHDOG=1", f"STATUS={self._status()}")
+                self._notifier.send("WATCHDOG=1", f"STATUS={self._status()}", *self._plea())
+
+    def _plea(self) -> list[str]:
+        """Nobody knows how long a model loads or a step ends; the watches know how long it may take."""
+        is_between = self._is_stopping or not self._is_ready
+        return [f"EXTEND_TIMEOUT_USEC={STARTS_AND_STOPS_S * 1_000_000}"] if is_between else []
 
     def _status(self) -> str:
         return ", ".join(phase for watch in tuple(self._watches) if (phase := watch.last.phase))

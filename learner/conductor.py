@@ -246,4 +246,4 @@ class Conductor:
     def _stop_on_signals(self) -> None:
         """SIGTERM and Ctrl-C end the run after the step in progress; rank 0 tells the others."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._host.is_stopping.set() if self._host else None)
+            signal.signal(number, lambda *_: self._host.stop() if self._host else None)

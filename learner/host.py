@@ -124,7 +124,7 @@ class Host:
         limits = SocketLimits(network.heartbeat_s, network.silence_s, network.max_message_bytes)
         context = zmq.Context.instance()
         reserve_descriptors(NUM_LISTENERS * 2 * (network.max_connections + MAX_NEWCOMERS))
-        self._keys = ServerKeys(context, network.keys) if network.keys else None
+        self._keys = ServerKeys(context, network.keys, allowed=network.allowed_keys) if network.keys else None
         listener = Listener(
             context,
             zmq.ROUTER,
@@ -220,6 +220,11 @@ class Host:
         self.inbox.grants_leases = True
         self.watchdog.ready()
 
+    def stop(self) -> None:
+        """End the run after the step in progress."""
+        self.is_stopping.set()
+        self.watchdog.stopping()
+
     def check_for_end(self) -> None:
         """Raises what must end a wait: a failed ledger, or the wish to stop. Called all through a wait."""
         self._watch.beat()
@@ -263,6 +268,7 @@ class Host:
             time.sleep(0.1)
 
     def close(self) -> None:
+        self.watchdog.stopping()
         self._side_port.close()
         self._board.close()
         self.source.close()

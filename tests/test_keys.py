@@ -5,13 +5,14 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
 
 from common.errors import OperatorError
-from common.keys.allowed import LOOK_S, AllowedKeys
-from common.keys.folder import KeyFolder, check_server_keys, key_name_of, only_peer_name, peer_keys
+from common.keys.allowed import LOOK_S, AllowedKeys, ServerKeys
+from common.keys.folder import KeyFolder, check_server_keys, forbidden_bits, key_name_of, only_peer_name, peer_keys
 from tests.test_inbox import wait_until
 
 
@@ -71,6 +72,36 @@ def test_a_secret_key_that_others_can_read_is_refused_in_one_line(tmp_path: Path
         check_server_keys(str(tmp_path))
     expected = f"{tmp_path}/learner.secret: got mode {mode:04o}, expected 0600: others can read this secret key"
     assert str(refused.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "reader", "is_fine"),
+    [
+        (0o600, 7, 7, True), (0o400, 7, 7, True), (0o440, 7, 7, False),
+        (0o440, 0, 7, True),  # a credential of systemd, a Secret of Kubernetes
+        (0o444, 0, 7, False), (0o460, 0, 7, False), (0o440, 0, 0, False), (0o440, 8, 7, False),
+    ],
+)  # fmt: skip
+def test_only_root_may_hand_a_secret_key_over_through_a_group(
+    mode: int, owner: int, reader: int, is_fine: bool
+) -> None:
+    assert (mode & forbidden_bits(owner, reader) == 0) == is_fine
+
+
+def test_allowed_keys_may_lie_apart_from_the_secret(tmp_path: Path) -> None:
+    keys, secret, allowed = KeyFolder(tmp_path / "keys"), tmp_path / "secret", tmp_path / "allowed"
+    for name in ("learner", "a"):
+        keys.create(name)
+    secret.mkdir()
+    (secret / "learner.secret").write_bytes((keys.path / "learner.secret").read_bytes())
+    (secret / "learner.secret").chmod(0o400)
+    context: zmq.Context[Any] = zmq.Context()
+    served = ServerKeys(context, str(secret), allowed=str(allowed))
+    assert served.pair == keys.pair("learner")
+    KeyFolder(secret, allowed).allow("a", keys.public("a"))
+    wait_until(lambda: served.allowed.name_of(keys.public("a")) == "a", timeout_s=10 * LOOK_S)
+    served.close()
+    context.term()
 
 
 @pytest.mark.parametrize("name", ["a.b", "", "a" * 33, "../a", "ä"])
@@ -146,3 +177,8 @@ def test_other_machines_are_served_only_with_keys_or_on_purpose() -> None:
     assert check("network.host=0.0.0.0", "network.allow_unauthenticated=true").returncode == 0
     assert check("network.host=0.0.0.0", "network.keys=keys").returncode == 0
     assert check("network.host=127.0.0.9").returncode == 0
+    refused = check("network.allowed_keys=allowed")
+    assert (refused.returncode, 'network.allowed_keys: got "allowed" without network.keys' in refused.stderr) == (
+        2,
+        True,
+    )

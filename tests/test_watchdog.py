@@ -2,9 +2,12 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 from common.local.signs import Signs
 from common.watchdog import NOTIFY_SOCKET
@@ -38,7 +41,10 @@ assert "NOTIFY_SOCKET" in os.environ
 watchdog = Watchdog()
 assert "NOTIFY_SOCKET" not in os.environ, "a child process would speak for this one"
 watchdog.watch("the loop", limit_s=60).enter("serving", limit_s=60)
+sys.stdin.readline()
 watchdog.ready()
+sys.stdin.readline()
+watchdog.stopping()
 sys.stdin.readline()
 watchdog.close()
 """
@@ -74,12 +80,41 @@ def test_a_process_that_was_stopped_and_continued_is_not_punished() -> None:
 def test_a_supervisor_hears_that_it_is_ready_alive_and_what_it_does() -> None:
     signs = Signs()
     with start(NOTIFYING, **{NOTIFY_SOCKET: signs.address}) as process:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
         deadline = time.monotonic() + 30
-        while not (signs.hear() and signs.status) and time.monotonic() < deadline:
+        while not (signs.hear() and signs.is_ready and signs.status) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert (signs.is_ready, signs.status) == (True, "serving")
-        _, said = process.communicate("go\n", timeout=30)
+        _, said = process.communicate("go\ngo\n", timeout=30)
     assert (process.returncode, said) == (0, "")
     signs.forget()
     assert (signs.is_ready, signs.status, signs.hear()) == (False, "", False)
     signs.close()
+
+
+def test_a_supervisor_is_asked_for_time_while_a_component_starts_and_while_it_stops(tmp_path: Path) -> None:
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.bind(str(tmp_path / "notify"))
+    manager.settimeout(30)
+
+    def hear(count: int) -> list[str]:
+        return [manager.recv(4096).decode() for _ in range(count)]
+
+    alive, plea = "WATCHDOG=1\nSTATUS=serving", "\nEXTEND_TIMEOUT_USEC=60000000"
+    with start(NOTIFYING, **{NOTIFY_SOCKET: str(tmp_path / "notify")}) as process:
+        assert process.stdin
+        assert hear(1) == [alive + plea]
+        for asked, answer in (("ready", ["READY=1", alive]), ("stopping", ["STOPPING=1", alive + plea])):
+            process.stdin.write(f"{asked}\n")
+            process.stdin.flush()
+            heard = hear(1)
+            while heard[-1] != answer[0]:
+                heard += hear(1)
+            assert hear(2) == [answer[1]] * 2
+        process.communicate("go\n", timeout=30)
+    manager.settimeout(0.1)
+    with suppress(TimeoutError):
+        assert "STOPPING=1" not in hear(1000)
+    manager.close()

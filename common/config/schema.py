@@ -266,6 +266,7 @@ class Network(Section):
     request_timeout_s: Seconds = Field(10.0, description="one request to the learner, before it is sent again")
     learner_timeout_s: Seconds = Field(180.0, description="an actor gives up on a learner unreachable for longer")
     keys: str = Field("", description="folder of CURVE keys (see chord-keys); empty: nobody is authenticated")
+    allowed_keys: str = Field("", description="folder of the public keys let in; empty: the folder allowed/ in keys")
     allow_unauthenticated: bool = Field(False, description="without keys, serve other machines too: anyone may come in")
     max_connections: Positive = Field(256, description="peers that each of the learner's ports serves at a time")
     max_message_bytes: Positive = Field(64 << 20, description="largest message that either side takes")
@@ -281,6 +282,11 @@ class Network(Section):
             raise ValueError(
                 f'network.keys: got none with network.host "{self.host}", expected a folder of keys (see chord-keys), '
                 "a loopback address, or network.allow_unauthenticated = true where everyone who gets there is trusted"
+            )
+        if self.allowed_keys and not self.keys:
+            raise ValueError(
+                f'network.allowed_keys: got "{self.allowed_keys}" without network.keys, expected both: nobody is asked '
+                "for a key"
             )
         if self.max_unacknowledged_bytes < self.max_message_bytes:
             raise ValueError(

@@ -83,9 +83,9 @@ def _fingerprint(path: Path) -> tuple[str, int, int, int]:
 class ServerKeys:
     """The learner's pair, the keys it lets in, and the thread that ZeroMQ asks about each newcomer's."""
 
-    def __init__(self, context: "zmq.Context[Any]", folder: str) -> None:
-        """Raises OperatorError where the folder holds no usable pair of the learner."""
-        keys = KeyFolder(Path(folder))
+    def __init__(self, context: "zmq.Context[Any]", folder: str, *, allowed: str = "") -> None:
+        """`allowed`: as network.allowed_keys. Raises OperatorError where `folder` holds no usable pair."""
+        keys = KeyFolder(Path(folder), Path(allowed) if allowed else None)
         self.pair: KeyPair = keys.pair(LEARNER)
         self.allowed = AllowedKeys(keys.allowed)
         self._authenticator: Any = ThreadAuthenticator(context)

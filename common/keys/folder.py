@@ -18,6 +18,7 @@ from common.errors import OperatorError
 LEARNER = "learner"
 """Name of the learner's pair; every other name is a peer's."""
 SECRET_MODE = 0o600
+ROOT = 0
 NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
 KEY_CHARACTERS = 40
 
@@ -47,9 +48,10 @@ def key_name_of(peer_id: str) -> str:
 class KeyFolder:
     """The files of one folder. Every method raises OperatorError, one line, where a file will not do."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, allowed: Path | None = None) -> None:
+        """`allowed`: where the public keys that are let in lie, if not in `path` itself."""
         self.path = path
-        self.allowed = path / "allowed"
+        self.allowed = allowed or path / "allowed"
 
     def create(self, name: str) -> None:
         """Make a new pair; nothing is ever overwritten."""
@@ -159,8 +161,9 @@ def _write(path: Path, key: bytes, mode: int) -> None:
 def _read(path: Path, *, is_secret: bool = False) -> bytes:
     try:
         with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if is_secret and mode & 0o077:
+            found = os.fstat(file.fileno())
+            mode = stat.S_IMODE(found.st_mode)
+            if is_secret and mode & forbidden_bits(found.st_uid, os.geteuid()):
                 raise OperatorError(
                     f"{path}: got mode {mode:04o}, expected {SECRET_MODE:04o}: others can read this secret key"
                 )
@@ -170,6 +173,15 @@ def _read(path: Path, *, is_secret: bool = False) -> bytes:
     if not _is_key(key):
         raise OperatorError(f"{path}: got no key, expected one line of {KEY_CHARACTERS} characters of Z85")
     return key
+
+
+def forbidden_bits(owner: int, reader: int) -> int:
+    """Mode bits that a secret key must not have.
+
+    Only its owner may read it. But what root hands to a service (a credential of systemd, a Secret of Kubernetes) is
+    read through a group that root has chosen.
+    """
+    return 0o037 if owner == ROOT != reader else 0o077
 
 
 def _is_key(text: bytes) -> bool:

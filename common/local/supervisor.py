@@ -22,6 +22,7 @@ from common.config.schema import Run
 from common.errors import OPERATOR_ERROR, ComponentFailure, OperatorError
 from common.local.cores import handing_down
 from common.local.signs import Signs
+from common.log_lines import LOG_FORMAT, LogFormat
 from common.watchdog import NOTIFY_SOCKET, WakingClock
 
 LONGEST_DELAY_S = 2.0
@@ -77,9 +78,14 @@ class Component:
             self.log_start = log.tell()
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env={**QUIET_THREADS, **os.environ, "PYTHONUNBUFFERED": "1", NOTIFY_SOCKET: self.signs.address},
+                env=self._environment(),
                 preexec_fn=_die_with_parent,
             )  # fmt: skip
+
+    def _environment(self) -> dict[str, str]:
+        """Its log is read again, by `last_words`."""
+        ours = {"PYTHONUNBUFFERED": "1", LOG_FORMAT: LogFormat.PLAIN, NOTIFY_SOCKET: self.signs.address}
+        return {**QUIET_THREADS, **os.environ, **ours}
 
     def hear(self, now_s: float) -> None:
         """Take note of signs of life."""

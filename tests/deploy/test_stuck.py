@@ -1,0 +1,102 @@
+"""What systemd hears of components whose loops are stuck: nothing any more, and then their end."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.wire.ports import free_ports
+from tests.deploy.manager import Manager, wait_until
+from tests.runs import QUIET, write_config
+
+STUCK_S = 4.0
+"""run.watchdog_s"""
+STICKY = """
+import time
+from pathlib import Path
+from actors.environment import SingleTurn
+from common.chat import ChatMessage
+
+class Sticky(SingleTurn):
+    def __init__(self, *, seed, mark):
+        self.mark = Path(mark)
+
+    def task(self, split, index):
+        while self.mark.exists():
+            time.sleep(1)
+        return "a", [ChatMessage(role="user", content=f"Say {index}.")]
+
+    def score(self, task, text):
+        return 0.0
+"""
+
+
+@dataclass(frozen=True)
+class Component:
+    process: "subprocess.Popen[bytes]"
+    manager: Manager
+    log: Path
+
+    def wait_for_sign(self, key: str) -> None:
+        wait_until(lambda: self.manager.has(key), self.log.read_text)
+
+    def check_end(self, since: float, loop: str) -> None:
+        """It has ended by itself, said whose loop it was, and gave no sign of life when its time was over."""
+        assert self.process.wait(timeout=60) == 1, self.log.read_text()
+        assert f"the {loop} has not moved for" in self.log.read_text()
+        assert max(self.manager.times("WATCHDOG")) < since + STUCK_S + 2.0
+        assert not self.manager.has("STOPPING")
+
+
+@contextmanager
+def started(folder: Path, config: Path, module: str, *arguments: str) -> Iterator[Component]:
+    manager, log = Manager(), folder / f"{module}.log"
+    environment = {"NOTIFY_SOCKET": str(manager.path), "PYTHONPATH": f"{folder}{os.pathsep}{os.getcwd()}"}
+    command = [sys.executable, "-m", module, "--config", str(config), *arguments]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **QUIET, **environment})
+    try:
+        yield Component(process, manager, log)
+    finally:
+        process.kill()
+        process.wait()
+        manager.close()
+
+
+def install_sticky_environment(folder: Path) -> None:
+    """As an installed package."""
+    metadata = folder / "sticky-1.0.dist-info"
+    metadata.mkdir()
+    (folder / "sticky.py").write_text(STICKY)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: sticky\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[chord_rl.environments]\nsticky = sticky:Sticky\n")
+
+
+def test_a_stuck_actor_and_a_stuck_learner_fall_silent_and_end(tiny_model: Path, tmp_path: Path) -> None:
+    install_sticky_environment(tmp_path)
+    mark = tmp_path / "mark"
+    config = write_config(
+        tmp_path, tiny_model, run={"watchdog_s": STUCK_S}, algorithm={"preset": "grpo"},
+        environment={"name": "sticky", "options": {"mark": str(mark)}}, actor={"engine": "simulated"},
+        learner={"num_steps": 100_000}, eval={"every_steps": 0}, network={"port": free_ports(1, "127.0.0.1")[0]},
+    )  # fmt: skip
+    with ExitStack() as stack:
+        learner = stack.enter_context(started(tmp_path, config, "learner"))
+        actor = stack.enter_context(started(tmp_path, config, "actors", "--name", "actor-0"))
+        for component in (learner, actor):
+            component.wait_for_sign("READY")
+            component.wait_for_sign("WATCHDOG")
+        since = time.monotonic()
+        mark.touch()
+        actor.check_end(since, "actor's event loop")
+        ledger = sqlite3.connect(tmp_path / "run" / "ledger.sqlite", isolation_level=None)
+        ledger.execute("BEGIN IMMEDIATE")  # a program that looks at the ledger, and hangs
+        since = time.monotonic()
+        assert learner.process.poll() is None
+        learner.check_end(since, "learner's inbox")
+        ledger.close()
