@@ -66,10 +66,10 @@ class Pod:
         return container
 
     @property
-    def preparation(self) -> dict[str, Any]:
-        """The init container that prepares keys."""
-        (container,) = [one for one in self.spec["initContainers"] if one["name"] == "prepare"]
-        return container
+    def secret(self) -> dict[str, Any]:
+        """The one that its keys are in."""
+        (volume,) = [one for one in self.spec["volumes"] if "secret" in one]
+        return volume["secret"]
 
     @property
     def ports(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import stat
 import subprocess
 import sys
 import tomllib
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from common.keys.folder import LEARNER, forbidden_bits, key_name_of
+from common.keys.folder import ROOT as ROOT_USER
 from learner.launch import SHUTDOWN_S, placement
 from tests.deploy.checkov import findings
 from tests.deploy.manifests import CLUSTERS, KUBERNETES, WORKLOADS, build, documents, learner, of_kind, pods, policies
@@ -164,7 +167,7 @@ def test_every_pod_gives_up_what_it_has_no_use_for(name: str) -> None:
         assert spec["automountServiceAccountToken"] is False
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        for container in (*spec["initContainers"], *spec["containers"]):
+        for container in (*spec.get("initContainers", ()), *spec["containers"]):
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
                 "readOnlyRootFilesystem": True,
@@ -176,16 +179,36 @@ def test_every_pod_gives_up_what_it_has_no_use_for(name: str) -> None:
 
 @every_cluster
 def test_scripts_in_manifests_are_clean(name: str) -> None:
-    scripts = [
-        words[-1] for pod in pods(CLUSTERS[name]) for words in (
-            [*pod.preparation["command"], *pod.preparation.get("args", ())],
-            pod.main.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", ""]),
-        ) if words[0] == "/bin/sh"
+    commands = [
+        [*container.get("command", ()), *container.get("args", ())]
+        for pod in pods(CLUSTERS[name]) for container in pod.spec.get("initContainers", ())
     ]  # fmt: skip
+    commands += [
+        pod.main["lifecycle"]["preStop"]["exec"]["command"] for pod in pods(CLUSTERS[name]) if "lifecycle" in pod.main
+    ]
+    scripts = [command[-1] for command in commands if command[0] == "/bin/sh"]
     assert len(scripts) >= 3
     for script in scripts:
         done = subprocess.run(["shellcheck", "--shell=sh", "-"], input=script, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+@every_cluster
+def test_every_key_is_mounted_where_and_as_its_user_takes_it(name: str) -> None:
+    for pod in pods(CLUSTERS[name]):
+        security, mounted = pod.spec["securityContext"], pod.secret["defaultMode"] | stat.S_IRGRP  # as with any fsGroup
+        assert mounted & forbidden_bits(ROOT_USER, security["runAsUser"]) == 0
+        config = pod.config(CLUSTERS[name])
+        places = {mount["mountPath"]: mount["name"] for mount in pod.main["volumeMounts"]}
+        (volume,) = [one for one in pod.spec["volumes"] if one["name"] == places[config.network.keys]]
+        assert volume["secret"] == pod.secret
+        key = pod.secret["secretName"].removeprefix("chord-").removesuffix("-keys")
+        if pod.labels["app.kubernetes.io/component"] == "chord-learner":
+            assert key == LEARNER
+            assert places[config.network.allowed_keys] == "allowed"
+        else:
+            (peer_id,) = [word.removeprefix("--name=") for word in pod.command() if word.startswith("--name=")]
+            assert key_name_of(peer_id) == key
 
 
 def test_a_change_of_configuration_starts_pods_anew() -> None:

@@ -1,7 +1,7 @@
 """The pods of an overlay as processes of this machine: their very commands, each at a loopback address of its own."""
 
 import re
-import stat
+import shutil
 import subprocess
 import sys
 import time
@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.errors import OperatorError
-from common.keys.folder import LEARNER, KeyFolder, check_server_keys, peer_keys
+from common.keys.folder import LEARNER
 from tests.deploy.manifests import CLUSTERS, Pod, learner, pods
 from tests.deploy.test_kubernetes import LARGEST_GOODBYE_S, MODULES
 from tests.deploy.tools import ROOT
@@ -28,77 +27,43 @@ SMALL = [
 """What makes the overlay's run one for a test."""
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> Path:
-    """The folder of keys that an operator makes before anything is applied."""
-    folder = tmp_path / "made"
-    names = {LEARNER, *(key_of(pod) for cluster in CLUSTERS.values() for pod in pods(cluster))}
-    subprocess.run([sys.executable, "-m", "common.keys", "create", str(folder), *sorted(names)], cwd=ROOT, check=True)
-    return folder
-
-
-def key_of(pod: Pod) -> str:
-    """The name of the key in its secret."""
-    (name,) = [volume["secret"]["secretName"] for volume in pod.spec["volumes"] if volume["name"] == "secret"]
-    return name.removeprefix("chord-").removesuffix("-keys")
+LEARNERS_IP, ACTORS_IP = "127.0.57.1", "127.0.57.2"
 
 
 def moved(words: list[str], place: Path) -> list[str]:
     """Paths of a pod as paths below `place`."""
-    return [re.sub(r"(^|[\s=])/(secret|keys|data|var|etc)\b", rf"\1{place}/\2", word) for word in words]
+    return [re.sub(r"(^|[\s=])/(keys|allowed|data|var|etc)\b", rf"\1{place}/\2", word) for word in words]
 
 
 def prepare(pod: Pod, place: Path, made: Path) -> None:
-    """Mount its secret as Kubernetes does, readable by the volume's group, and run the init container's command."""
-    for folder in ("secret", "keys", "data", "var/lib/chord", "etc"):
-        (place / folder).mkdir(parents=True, exist_ok=True)
-    (secret,) = [volume["secret"] for volume in pod.spec["volumes"] if volume["name"] == "secret"]
-    for name in {f"{key_of(pod)}.secret", "learner.public"}:
-        copy = place / "secret" / name
-        copy.write_bytes((made / name).read_bytes())
-        copy.chmod(secret["defaultMode"] | stat.S_IRGRP)
-    container = pod.preparation
-    words = pod.fill_in(container, [*container["command"], *container.get("args", ())])
-    for _ in range(2):  # a pod's init containers may run again
-        subprocess.run(moved(words, place), check=True, capture_output=True)
-
-
-@pytest.mark.parametrize("name", CLUSTERS)
-def test_keys_come_out_of_secrets_in_a_shape_that_the_program_takes(name: str, made: Path, tmp_path: Path) -> None:
-    for pod in pods(CLUSTERS[name]):
-        place, key = tmp_path / pod.name, key_of(pod)
-        (place / "data").mkdir(parents=True)
-        (place / "data" / "expert.sqlite").write_bytes(b"a store")
-        prepare(pod, place, made)
-        with pytest.raises(OperatorError, match="others can read"):
-            KeyFolder(place / "secret").pair(key)
-        if key == LEARNER:
-            check_server_keys(str(place / "keys"))
-            assert (place / "keys" / "allowed").is_dir()
-            assert (place / "var/lib/chord/expert.sqlite").read_bytes() == b"a store"
-            continue
-        (peer_id,) = [word.removeprefix("--name=") for word in pod.command() if word.startswith("--name=")]
-        found = peer_keys(str(place / "keys"), peer_id)
-        assert found
-        assert found.pair == KeyFolder(made).pair(key)
+    """Mount what the pod mounts, and run its init containers."""
+    for folder in ("keys", "data", "var/lib/chord", "etc"):
+        (place / folder).mkdir(parents=True)
+    key = pod.secret["secretName"].removeprefix("chord-").removesuffix("-keys")
+    for name in {f"{key}.secret", "learner.public"}:
+        shutil.copy2(made / name, place / "keys")
+    (place / "allowed").symlink_to(made / "allowed")
+    (place / "etc" / "chord").symlink_to(CLUSTERS["cpu"])
+    (place / "data" / "expert.sqlite").write_bytes(b"a store")
+    for container in pod.spec.get("initContainers", ()):
+        words = pod.fill_in(container, [*container["command"], *container["args"]])
+        for _ in range(2):  # a pod's init containers may run again
+            subprocess.run(moved(words, place), check=True, capture_output=True)
 
 
 Start = Callable[[Pod], subprocess.Popen[bytes]]
 
 
 @pytest.fixture
-def start(made: Path, tiny_model: Path, tmp_path: Path) -> Iterator[Start]:
+def start(tiny_model: Path, tmp_path: Path) -> Iterator[Start]:
     """Starts the main container of a pod; whatever still runs at the end is killed."""
-    folder, running = CLUSTERS["cpu"], list[subprocess.Popen[bytes]]()
-    server = learner(folder)
+    made, running = tmp_path / "made", list[subprocess.Popen[bytes]]()
+    subprocess.run([sys.executable, "-m", "common.keys", "create", made, LEARNER, "actors"], cwd=ROOT, check=True)
+    server = learner(CLUSTERS["cpu"])
 
     def start(pod: Pod) -> subprocess.Popen[bytes]:
         place = tmp_path / pod.name
         prepare(pod, place, made)
-        (place / "etc" / "chord").symlink_to(folder)
-        if key_of(pod) == LEARNER:
-            (place / "keys" / "allowed").rmdir()
-            (place / "keys" / "allowed").symlink_to(made / "allowed")
         command, *words = moved(pod.command(), place)
         host = f"network.host={server.name}.{server.workload['spec']['serviceName']}"
         words = [f"network.host={LEARNERS_IP}" if word == host else word for word in words]
@@ -111,9 +76,6 @@ def start(made: Path, tiny_model: Path, tmp_path: Path) -> Iterator[Start]:
     for process in running:
         process.kill()
         process.wait()
-
-
-LEARNERS_IP, ACTORS_IP = "127.0.57.1", "127.0.57.2"
 
 
 def answer(pod: Pod, probe: str) -> int:
@@ -158,4 +120,5 @@ def test_pods_meet_answer_their_probes_and_drain(start: Start, tmp_path: Path) -
     assert serving.wait(60) == 0, (tmp_path / f"{server.name}.log").read_text()[-3000:]
     run = tmp_path / server.name / "var/lib/chord/run"
     assert (run / "checkpoints" / "newest").exists()
+    assert (run.parent / "expert.sqlite").read_bytes() == b"a store"
     assert audit(run)["violations"] == []
