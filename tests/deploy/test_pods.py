@@ -46,9 +46,11 @@ def prepare(pod: Pod, place: Path, made: Path) -> None:
     (place / "etc" / "chord").symlink_to(CLUSTERS["cpu"])
     (place / "data" / "expert.sqlite").write_bytes(b"a store")
     for container in pod.spec.get("initContainers", ()):
-        words = pod.fill_in(container, [*container["command"], *container["args"]])
+        words = moved(pod.fill_in(container, [*container["command"], *container["args"]]), place)
+        assert subprocess.run(words, capture_output=True).returncode == 1, "it must wait for a model"
+        (place / "data" / "models").mkdir()
         for _ in range(2):  # a pod's init containers may run again
-            subprocess.run(moved(words, place), check=True, capture_output=True)
+            subprocess.run(words, check=True, capture_output=True)
 
 
 Start = Callable[[Pod], subprocess.Popen[bytes]]
