@@ -76,8 +76,7 @@ class Host:
         self.source = Source(
             config, self.ledger, experts, reader, describe_peers=self.inbox.peers.describe, check=self.check_for_end
         )
-        self.checkpoints = Checkpoints(self.run_dir.checkpoints, keep=1)
-        """Only looked at here."""
+        self.checkpoints = Checkpoints(self.run_dir.checkpoints, keep=1)  # only looked at
         self._board = StatusBoard(self.run_dir.status, self._status)
         self.run_dir.save_config(config)
         self.recorder.restore()
@@ -200,6 +199,8 @@ class Host:
 
     def why_not_ready(self) -> str:
         """A line where the learner takes no groups and grants no leases; empty where it does."""
+        if self.inbox.failure:
+            return f"the learner's inbox has ended: {self.inbox.failure!r}"
         return "" if self.inbox.grants_leases else f"the learner grants no leases: {self.phase} after step {self.step}"
 
     def _why_drop(self, group: TrajectoryGroup) -> DropReason | None:

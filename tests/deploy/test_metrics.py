@@ -3,20 +3,20 @@
 import re
 import subprocess
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from tests.deploy.metrics_table import rows
 from tests.runs import LocalRun, import_experts, read_lines, write_config
-from tests.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def outputs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """By component, what /metrics answered in a run of two ranks, an actor and an evaluator."""
     folder = tmp_path_factory.mktemp("run")
     config = write_config(
-        folder, make_tiny_model(folder / "model"), run={"num_actors": 1}, actor={"engine": "simulated"},
+        folder, tiny_model, run={"num_actors": 1}, actor={"engine": "simulated"},
         learner={"num_steps": 100_000, "num_ranks": 2, "num_threads": 1}, eval={"every_steps": 100_000},
     )  # fmt: skip
     import_experts(config)
