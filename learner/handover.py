@@ -6,7 +6,6 @@ precision; the optimizer and the schedules of lr and μ begin anew; no prompt wa
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from common.config.schema import Config
 from common.errors import OperatorError
 from common.weights.snapshot import Snapshot, read_snapshot
-from learner.durable import sync
+from learner.durable import link_or_copy, sync
 from learner.ledger.ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class Handover:
         path = kept_policy(self._config, step)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        os.link(snapshot.path, path)
+        link_or_copy(snapshot.path, path)
         sync(path)
         sync(path.parent)
         self._forget_all_but(self._may_win())

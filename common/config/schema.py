@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from common.config.evaluation import Eval
 from common.config.presets import FIXED_MU
 from common.config.run import Run
-from common.config.section import Count, EngineKind, Fraction, Port, Positive, Seconds, Section
+from common.config.section import ADDRESS, Count, EngineKind, Fraction, Port, Positive, Seconds, Section
 from common.config.weights import Weights
 
 
@@ -189,6 +189,10 @@ class Learner(Section):
         "none", description="optimizer keeps its state, and steps, in host memory (on GPUs, with zero_stage 1 to 3)"
     )
     num_ranks: Positive = Field(1, description="training processes; more than 1 starts them through torchrun")
+    num_nodes: Positive = Field(
+        1, description="machines that the ranks are spread over evenly; each starts chord-learner --node N"
+    )
+    rendezvous: str = Field("", description="HOST:PORT on machine 0 where the ranks of several machines meet")
     num_threads: Count = Field(0, description="CPU threads of one rank; 0 leaves it to torch")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "float32",
@@ -225,11 +229,19 @@ class Learner(Section):
     def _check(self) -> Self:
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError(f'learner.offload: got "{self.offload}" with zero_stage 0, expected zero_stage 1, 2 or 3')
+        if self.num_ranks % self.num_nodes:
+            raise ValueError(
+                f"learner.num_ranks: got {self.num_ranks}, expected a multiple of {self.num_nodes} num_nodes"
+            )
+        if self.num_nodes > 1 and not ADDRESS.fullmatch(self.rendezvous):
+            raise ValueError(
+                f'learner.rendezvous: got "{self.rendezvous}", expected HOST:PORT on machine 0 (num_nodes > 1)'
+            )
         return self
 
 
 class Network(Section):
-    host: str = Field("127.0.0.1", description="address of the learner: bound by it, connected to by actors")
+    host: str = Field("127.0.0.1", description="address of the learner: bound by it; to actors it may be a name")
     port: Port = Field(5757, description="the learner's front door; chord-local turns 0 into a free port")
     weights_port: Port = Field(0, description="where the learner serves weights; 0 takes a free port and tells actors")
     announcements_port: Port = Field(0, description="where it announces versions; 0 takes a free port and tells actors")

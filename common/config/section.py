@@ -1,5 +1,6 @@
 """What every section of the configuration is made of: its base, and the values that several of them have."""
 
+import re
 from enum import StrEnum
 from typing import Annotated
 
@@ -10,6 +11,8 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+ADDRESS = re.compile(r"[^\s:]+:[1-9][0-9]{0,4}")
+"""HOST:PORT."""
 
 
 class EngineKind(StrEnum):

