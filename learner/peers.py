@@ -8,7 +8,8 @@ from common.wire.connections import IDLE_BYTES_PER_S, Connection
 from common.wire.messages import ActorState, Hello, Role, WorkRequest
 
 COUNT_S = 1.0
-"""Between two looks at the bytes that a peer's connection has brought."""
+"""Between two looks at the bytes that a peer's connection has brought, and between two counts of actors."""
+NEVER = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Peer:
     def silence_s(self) -> float:
         return time.monotonic() - self.last_heard
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether it is there and has weights of the run."""
+        return self.serving_step is not None and self.state is not ActorState.GONE
+
     def note_bytes(self) -> None:
         """A message that is still coming in counts as being heard: more bytes than heartbeats alone would bring."""
         now, (counted_at, num_before) = time.monotonic(), self.counted
@@ -88,6 +94,7 @@ class Peers:
     def __init__(self) -> None:
         self._peers: dict[str, Peer] = {}
         self._departed = Labour()
+        self._counted_at, self._num_serving = NEVER, 0
 
     def join(self, hello: Hello, connection: Connection) -> str | None:
         """Note a peer; returns the session of an earlier process of the same name, whose leases are void."""
@@ -97,6 +104,7 @@ class Peers:
             return None
         if earlier:
             self._departed += earlier.labour
+            self._counted_at = NEVER
         self._peers[hello.peer_id] = Peer(hello.peer_id, hello.session, hello.role, hello.engine, connection)
         return earlier.session if earlier else None
 
@@ -121,9 +129,12 @@ class Peers:
         return holder, time.monotonic() - holder.rival[1]
 
     def heard(self, peer: Peer, request: WorkRequest) -> None:
+        was_serving = peer.is_serving
         peer.last_heard = time.monotonic()
         peer.state = request.state
         peer.serving_step = request.serving.step if request.serving else None
+        if peer.is_serving != was_serving:
+            self._counted_at = NEVER
         if peer.role is not Role.ACTOR:
             return
         if request.serving and peer.served_from is None:
@@ -138,6 +149,7 @@ class Peers:
     def leave(self, peer: Peer) -> None:
         if self._peers.get(peer.peer_id) is peer:
             del self._peers[peer.peer_id]
+            self._counted_at = NEVER
             self._departed += peer.labour
 
     def silent(self, limit_s: float) -> list[Peer]:
@@ -153,8 +165,12 @@ class Peers:
 
     @property
     def num_serving(self) -> int:
-        """Actors that are there and have weights of the run."""
-        return sum(peer.serving_step is not None and peer.state is not ActorState.GONE for peer in self.actors())
+        """Actors that are there and have weights of the run; counted now and then, as everyone who asks for work asks
+        for this too."""
+        now = time.monotonic()
+        if now - self._counted_at > COUNT_S:
+            self._counted_at, self._num_serving = now, sum(peer.is_serving for peer in self.actors())
+        return self._num_serving
 
     @property
     def labour(self) -> Labour:
