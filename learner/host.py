@@ -22,7 +22,8 @@ from common.weights.snapshot import Snapshot
 from common.wire.connections import MAX_NEWCOMERS, Bounds
 from common.wire.listener import Listener
 from common.wire.sockets import SocketLimits, reserve_descriptors
-from learner.excerpts import Excerpts
+from learner.excerpts.excerpts import Excerpts
+from learner.excerpts.folder import ExcerptFolder
 from learner.expert.store import ExpertStore
 from learner.handover import Handover
 from learner.inbox import Inbox, LeaseTerms
@@ -72,7 +73,9 @@ class Host:
         self._check_agreement(experts)
         self.recorder = Recorder(self.run_dir.path, self.ledger)
         self.excerpts = Excerpts(
-            self.run_dir.excerpts, groups_per_step=config.run.excerpt_groups_per_step, seed=config.run.seed
+            ExcerptFolder(self.run_dir.excerpts),
+            groups_per_step=config.run.excerpt_groups_per_step,
+            seed=config.run.seed,
         )
         self._open_network(chat)
         reader = StepReader(config, self.ledger.history, experts, chat)

@@ -35,13 +35,18 @@ function ticksOf(low, high, count) {
   return ticks;
 }
 
-function rangeOf(values, fromZero) {
+function extentOf(values) {
   let low = Infinity, high = -Infinity;
   for (const value of values) {
-    if (value === null || value === undefined) continue;
+    if (value === null) continue;
     if (value < low) low = value;
     if (value > high) high = value;
   }
+  return low <= high ? [low, high] : [0, 1];
+}
+
+function rangeOf(values, fromZero) {
+  let [low, high] = extentOf(values);
   if (fromZero || (low >= 0 && low < high / 2)) low = Math.min(low, 0);
   if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
   const room = (high - low) * 0.05;
@@ -87,11 +92,9 @@ class ChartView {
     const isBars = this.chart.kind !== "lines";
     const xs = this.series.flatMap((series) => series.at);
     const ys = this.series.flatMap((series) => [...series.y, ...(series.low ?? []), ...(series.high ?? [])]);
-    let [left, right] = [Math.min(...xs.slice(0, 1)), Math.max(...xs.slice(0, 1))];
-    for (const x of xs) [left, right] = [Math.min(left, x), Math.max(right, x)];
-    if (this.chart.kind === "bars") [left, right] = [left - 0.6, right + 0.6];
-    if (!(right > left)) [left, right] = [(left || 0) - 0.5, (right || 0) + 0.5];
-    const [bottom, top] = rangeOf(ys.length ? ys : [0, 1], isBars);
+    let [left, right] = extentOf(xs);
+    if (this.chart.kind === "bars" || left === right) [left, right] = [left - 0.6, right + 0.6];
+    const [bottom, top] = rangeOf(ys, isBars);
     this.x = (value) => LEFT + ((value - left) / (right - left)) * (WIDTH - LEFT - RIGHT);
     this.y = (value) => HEIGHT - BOTTOM - ((value - bottom) / (top - bottom)) * (HEIGHT - TOP - BOTTOM);
     const image = svg("svg", {

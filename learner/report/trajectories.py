@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from learner.excerpts import SCHEMA, excerpts_in
+from learner.excerpts.folder import SCHEMA, ExcerptFolder
 from learner.report.pieces import Pieces
 from learner.report.run import Run
 
@@ -49,7 +49,7 @@ def gather(runs: Sequence[Run], *, max_tokens: int) -> Records:
     tokens, prompts, others = list[Any](), list[Any](), {"policy": list[Any](), "behavior": [], "versions": []}
     vocabularies = [Pieces(tokenizer_folder(run)) for run in runs]
     for run, pieces in zip(runs, vocabularies, strict=True):
-        if not pieces.has_text and excerpts_in(run.run_dir.excerpts):
+        if not pieces.has_text and ExcerptFolder(run.run_dir.excerpts).files():
             run.notes.append(f"no {run.setting('model', 'path')}/tokenizer.json here: tokens are shown as numbers")
     places: dict[tuple[int, int], int] = {}
     end = prompts_end = 0
@@ -79,7 +79,7 @@ def tokenizer_folder(run: Run) -> Path | None:
 
 
 def _read(run: Run) -> Iterator[pa.Table]:
-    for path in excerpts_in(run.run_dir.excerpts).values():
+    for path in ExcerptFolder(run.run_dir.excerpts).files().values():
         try:
             yield pq.read_table(path, schema=SCHEMA)
         except FileNotFoundError:
