@@ -58,7 +58,7 @@ def make_rows(chat: Chat, numbers: np.random.Generator, step: int, *, num_groups
         branch: (
             np.log(numbers.uniform(0.05, 0.95, len(branch.tokens)))
             if branch.is_expert
-            else branch.behavior_logprobs + 0.3 * numbers.normal(size=len(branch.tokens))
+            else np.minimum(branch.behavior_logprobs + 0.3 * numbers.normal(size=len(branch.tokens)), -0.001)
         ).astype(np.float32)
         for row in rows
         for branch in row.branches
