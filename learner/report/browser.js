@@ -118,14 +118,12 @@ class Browser {
   }
 
   refresh() {
-    const before = this.found?.[this.selected];
     this.found = this.find();
     const numLeftOut = this.known.numLeftOut ? `; ${this.known.numLeftOut} more in the runs, left out evenly` : "";
     byId("count").textContent = `${this.found.length} of ${this.known.answers.length}${numLeftOut}`;
     byId("spacer").style.height = `${this.found.length * ROW_HEIGHT}px`;
     this.list.scrollTop = 0;
-    const place = this.found.indexOf(before);
-    this.select(place >= 0 ? place : Math.min(0, this.found.length - 1));
+    this.select(Math.min(0, this.found.length - 1));
   }
 
   select(place) {
