@@ -4,8 +4,8 @@ A demonstration is the one answer of a group of its own. Where there are more to
 are left out, evenly.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from common.trajectory import NOT_SAMPLED
 from learner.excerpts.folder import SCHEMA, ExcerptFolder
 from learner.report.pieces import Pieces
 from learner.report.run import Run
@@ -25,19 +26,22 @@ PER_NAT = 1000.0
 """Log-probs are kept in thousandths, as int16."""
 
 
-@dataclass
-class Records:
-    """Answers and demonstrations, one after the other; `columns` are of all their tokens in that order."""
+COLUMNS = {"tokens": np.uint32, "prompts": np.uint32, "policy": np.int16, "behavior": np.int16, "versions": np.int32}
 
-    groups: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """`run`, `step`, `id` (of the group or the expert row), `actor`, `isExpert`, `prompt` (first token, end)."""
-    answers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """`group` (place in `groups`), `number`, `reward`, `advantage`, `isTruncated`, `tokens` (first, end), `staleness`
-    (largest), `ratio` (the one farthest from 1), `phi` (mean); None for what a demonstration, or its answer, lacks."""
-    columns: dict[str, NDArray[Any]] = field(default_factory=dict[str, NDArray[Any]])
-    """`tokens` and `prompts` (places in `vocabulary`), `policy`, `behavior` (log-probs), `versions`."""
-    vocabulary: list[bytes] = field(default_factory=list[bytes])
-    num_left_out: int = 0
+
+@dataclass(frozen=True)
+class Records:
+    """Answers and demonstrations, one after the other."""
+
+    groups: list[dict[str, Any]]
+    """`run`, `step`, `id` (of the group or the expert row), `actor`, `isExpert`, `prompt` (span in `prompts`)."""
+    answers: list[dict[str, Any]]
+    """`group` (place in `groups`), `tokens` (span in the other columns), `number`, `reward`, `advantage`,
+    `isTruncated`, `staleness` (largest), `ratio` (the one farthest from 1), `phi` (mean); None for what it lacks."""
+    columns: dict[str, NDArray[Any]]
+    """`tokens` and `prompts` (places in `vocabulary`), `policy` and `behavior` (log-probs), `versions`."""
+    vocabulary: list[bytes]
+    num_left_out: int
     """Answers that the page has no room for."""
 
 
@@ -45,31 +49,56 @@ def gather(runs: Sequence[Run], *, max_tokens: int) -> Records:
     """Read the excerpts of all runs. Every file that cannot be read becomes a note of its run."""
     tables = [(r, table) for r, run in enumerate(runs) for table in _read(run)]
     kept = _spread(tables, max_tokens)
-    records = Records(num_left_out=sum(len(table) for _, table in tables) - sum(len(table) for _, table in kept))
-    tokens, prompts, others = list[Any](), list[Any](), {"policy": list[Any](), "behavior": [], "versions": []}
-    vocabularies = [Pieces(tokenizer_folder(run)) for run in runs]
-    for run, pieces in zip(runs, vocabularies, strict=True):
-        if not pieces.has_text and ExcerptFolder(run.run_dir.excerpts).files():
-            run.notes.append(f"no {run.setting('model', 'path')}/tokenizer.json here: tokens are shown as numbers")
-    places: dict[tuple[int, int], int] = {}
-    end = prompts_end = 0
+    sheet = _Sheet()
     for r, table in kept:
         for row in _rows(table):
-            group = _group(r, row)
-            if not (records.groups and group.items() <= records.groups[-1].items()):
-                prompts.append(_placed(row["prompt"], r, places))
-                records.groups.append({**group, "prompt": [prompts_end, prompts_end + len(row["prompt"])]})
-                prompts_end = records.groups[-1]["prompt"][1]
-            tokens.append(_placed(row["tokens"], r, places))
-            for name, values in _numbers(row).items():
-                others[name].append(values)
-            records.answers.append(_answer(row, group=len(records.groups) - 1, start=end))
-            end += len(row["tokens"])
-    kinds = {"tokens": np.uint32, "prompts": np.uint32, "policy": np.int16, "behavior": np.int16, "versions": np.int32}
-    for name, parts in {"tokens": tokens, "prompts": prompts, **others}.items():
-        records.columns[name] = np.concatenate([np.zeros(0), *parts]).astype(kinds[name])
-    records.vocabulary = [vocabularies[r].bytes_of(token) for r, token in places]
-    return records
+            sheet.add(r, row)
+    num_left_out = sum(len(table) for _, table in tables) - len(sheet.answers)
+    return Records(sheet.groups, sheet.answers, sheet.columns(), _vocabulary(runs, sheet.places), num_left_out)
+
+
+class _Sheet:
+    """Rows of excerpts, laid out one after the other."""
+
+    def __init__(self) -> None:
+        self.groups: list[dict[str, Any]] = []
+        self.answers: list[dict[str, Any]] = []
+        self.places: dict[tuple[int, int], int] = {}
+        """(run, token) → place in the vocabulary of the page, which grows by tokens that are new to it."""
+        self._parts: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        self._ends = dict.fromkeys(COLUMNS, 0)
+
+    def add(self, r: int, row: dict[str, Any]) -> None:
+        group = _group(r, row)
+        if not (self.groups and group.items() <= self.groups[-1].items()):
+            self.groups.append({**group, "prompt": self._append("prompts", self._place(r, row["prompt"]))})
+        span = self._append("tokens", self._place(r, row["tokens"]))
+        self._append("policy", _thousandths(row["policy_logprobs"]))
+        self._append("behavior", _thousandths(_or(row["behavior_logprobs"], np.nan, row)))
+        self._append("versions", _or(row["versions"], NOT_SAMPLED, row))
+        self.answers.append({"group": len(self.groups) - 1, "tokens": span, **_answer(row)})
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        return {name: np.concatenate([np.zeros(0), *self._parts[name]]).astype(kind) for name, kind in COLUMNS.items()}
+
+    def _append(self, name: str, values: Sequence[int] | NDArray[Any]) -> list[int]:
+        """Returns their span: the first, and the end."""
+        start = self._ends[name]
+        self._ends[name] = start + len(values)
+        self._parts[name].append(values)
+        return [start, self._ends[name]]
+
+    def _place(self, r: int, tokens: NDArray[Any]) -> list[int]:
+        return [self.places.setdefault((r, token), len(self.places)) for token in tokens.tolist()]
+
+
+def _vocabulary(runs: Sequence[Run], places: Iterable[tuple[int, int]]) -> list[bytes]:
+    pieces = [Pieces(tokenizer_folder(run)) for run in runs]
+    for r in {r for r, _ in places}:
+        if not pieces[r].has_text:
+            path = runs[r].setting("model", "path")
+            runs[r].notes.append(f"no {path}/tokenizer.json here: tokens are shown as numbers")
+    return [pieces[r].bytes_of(token) for r, token in places]
 
 
 def tokenizer_folder(run: Run) -> Path | None:
@@ -112,36 +141,22 @@ def _group(r: int, row: dict[str, Any]) -> dict[str, Any]:
     return {"run": r, "step": row["step"], "id": found, "actor": row["actor_id"], "isExpert": is_expert}
 
 
-def _placed(tokens: NDArray[Any], r: int, places: dict[tuple[int, int], int]) -> list[int]:
-    """Places in the vocabulary of the page, which grows by tokens that are new to it."""
-    return [places.setdefault((r, token), len(places)) for token in tokens.tolist()]
+def _or(values: NDArray[Any] | None, nothing: float, row: dict[str, Any]) -> NDArray[Any]:
+    """What a demonstration lacks is `nothing` for every token."""
+    return np.full(len(row["tokens"]), nothing) if values is None else values
 
 
-def _numbers(row: dict[str, Any]) -> dict[str, NDArray[Any]]:
-    count = len(row["tokens"])
-    versions = row["versions"] if row["versions"] is not None else np.full(count, -1)
-    return {
-        "policy": _thousandths(row["policy_logprobs"], count),
-        "behavior": _thousandths(row["behavior_logprobs"], count),
-        "versions": versions,
-    }
-
-
-def _thousandths(logprobs: NDArray[np.float32] | None, count: int) -> NDArray[Any]:
-    if logprobs is None:
-        return np.full(count, NOTHING)
+def _thousandths(logprobs: NDArray[np.float32]) -> NDArray[Any]:
     rounded = np.clip(np.rint(np.nan_to_num(logprobs) * PER_NAT), NOTHING + 1, 0)
     return np.where(np.isfinite(logprobs), rounded, NOTHING)
 
 
-def _answer(row: dict[str, Any], *, group: int, start: int) -> dict[str, Any]:
+def _answer(row: dict[str, Any]) -> dict[str, Any]:
     answer = {
-        "group": group,
         "number": row["trajectory"] or 0,
         "reward": _short(row["reward"]),
         "advantage": _short(row["advantage"]),
         "isTruncated": bool(row["is_truncated"]),
-        "tokens": [start, start + len(row["tokens"])],
         "staleness": None,
         "ratio": None,
         "phi": None,
