@@ -1,4 +1,4 @@
-// A group in full: its prompt, its answers side by side, every token colored by what is asked for.
+// A group in full: its prompt, its answers side by side, every token coloured by what is asked for.
 
 const BLUE = "0,114,178", ORANGE = "213,94,0", GREEN = "0,158,115";
 const VERSION_COLORS = ["0,158,115", "0,114,178", "204,121,167", "213,94,0", "230,159,0", "86,180,233"];
@@ -51,7 +51,7 @@ class GroupView {
     const coloring = COLORINGS[group.isExpert && this.coloring !== "none" ? "phi" : this.coloring];
     const run = this.known.runs[group.run];
     const title = group.isExpert ? `expert row ${group.id}` : `group ${group.id} from ${group.actor}`;
-    const select = make("select", { id: "coloring", "aria-label": "color tokens by" });
+    const select = make("select", { id: "coloring", "aria-label": "colour tokens by" });
     for (const [key, { name }] of Object.entries(COLORINGS)) select.append(make("option", { value: key }, name));
     select.value = group.isExpert && this.coloring !== "none" ? "phi" : this.coloring;
     select.addEventListener("change", () => {
@@ -68,9 +68,9 @@ class GroupView {
     this.element.replaceChildren(
       make("div", { class: "head" },
         make("h2", {}, `${this.known.runs.length > 1 ? `${run.name}, ` : ""}step ${group.step}, ${title}`),
-        make("label", {}, "color by ", select), legend, this.token),
+        make("label", {}, "colour by ", select), legend, this.token),
       make("div", { class: "prompt text", tabindex: 0, "aria-label": "Prompt" }, this.texts.text("prompts", group.prompt)),
-      make("div", { class: "answers" }, ...this.answers.map((answer) => this.card(answer, coloring))),
+      make("div", { class: group.isExpert ? "answers alone" : "answers" }, ...this.answers.map((answer) => this.card(answer, coloring))),
     );
   }
 
@@ -88,6 +88,7 @@ class GroupView {
     if (this.group.isExpert) {
       say("mean φ", short(answer.phi));
     } else {
+      facts.append(`#${answer.number + 1}`);
       say("reward", short(answer.reward));
       say("advantage", short(answer.advantage));
       say("staleness", short(answer.staleness));

@@ -1,15 +1,16 @@
 // The trajectory browser: a list that draws only what is in sight, searched, filtered and sorted.
 
 const ROW_HEIGHT = 28; // as in page.css
-const SNIPPET_TOKENS = 40;
+const SNIPPET_TOKENS = 60;
+const SNIPPET_BEFORE = 10; // characters before what was searched for
 const COLUMNS = [
-  { name: "step", value: (answer, group) => group.step, shown: short },
+  { name: "step", value: (answer, group) => group.step, shown: String },
   { name: "reward", value: (answer) => answer.reward, shown: short },
   { name: "advantage", value: (answer) => answer.advantage, shown: short },
   { name: "tokens", value: (answer) => answer.tokens[1] - answer.tokens[0], shown: String },
-  { name: "stale", value: (answer) => answer.staleness, shown: short },
+  { name: "stale", value: (answer) => answer.staleness, shown: short, title: "staleness of its oldest token" },
   {
-    name: "ratio", shown: short, value: (answer) => answer.ratio,
+    name: "ratio", shown: short, value: (answer) => answer.ratio, title: "the probability ratio farthest from 1",
     key: (answer) => (answer.ratio === null ? null : Math.abs(Math.log(answer.ratio))),
   },
 ];
@@ -19,7 +20,7 @@ class Browser {
     Object.assign(this, { known, columns, texts });
     this.list = byId("list");
     this.detail = new GroupView(byId("detail"), known, columns, texts);
-    this.searched = null; // lower-case prompt and answer of each, made at the first search
+    this.searched = null; // prompt and answer of each, in lower case, made at the first search
     this.sort = { name: "step", isDown: true };
     this.selected = -1; // place in `found`
     this.fillRuns();
@@ -68,10 +69,10 @@ class Browser {
   }
 
   drawHead() {
-    const buttons = COLUMNS.map(({ name }) => {
+    const buttons = COLUMNS.map(({ name, title = name }) => {
       const isPressed = this.sort.name === name;
       const arrow = isPressed ? (this.sort.isDown ? " ↓" : " ↑") : "";
-      const button = make("button", { type: "button", "aria-pressed": isPressed }, name + arrow);
+      const button = make("button", { type: "button", title, "aria-pressed": isPressed }, name + arrow);
       button.addEventListener("click", () => {
         this.sort = { name, isDown: isPressed ? !this.sort.isDown : true };
         this.drawHead();
@@ -93,7 +94,7 @@ class Browser {
   find() {
     const { answers, groups } = this.known;
     const number = (id, otherwise) => (byId(id).value === "" ? otherwise : Number(byId(id).value));
-    const words = byId("search").value.toLowerCase();
+    const words = this.words = byId("search").value.toLowerCase();
     const kind = byId("kind").value, run = number("run", null);
     const [stepFrom, stepTo] = [number("step-from", -Infinity), number("step-to", Infinity)];
     const [rewardFrom, rewardTo] = [number("reward-from", null), number("reward-to", null)];
@@ -157,12 +158,22 @@ class Browser {
       "aria-selected": place === this.selected, "aria-setsize": this.found.length, "aria-posinset": place + 1,
     });
     for (const { value, shown } of COLUMNS) row.append(make("span", {}, shown(value(answer, group))));
-    const [start, end] = answer.tokens;
-    const snippet = this.texts.text("tokens", [start, Math.min(end, start + SNIPPET_TOKENS)]);
     const text = make("span", { class: "snippet" });
     if (group.isExpert) text.append(make("span", { class: "tag" }, "expert "));
-    text.append(snippet.replaceAll("\n", "↵"));
+    text.append(...this.snippet(this.found[place]));
     row.append(text);
     return row;
+  }
+
+  // The begin of an answer, or the place where it says what is searched for.
+  snippet(n) {
+    const onOneLine = (text) => text.replaceAll("\n", "↵");
+    if (this.words) {
+      const text = this.text(n), at = text.indexOf(this.words), end = at + this.words.length;
+      const before = `${at > SNIPPET_BEFORE ? "…" : ""}${text.slice(Math.max(0, at - SNIPPET_BEFORE), at)}`;
+      return [onOneLine(before), make("mark", {}, onOneLine(text.slice(at, end))), onOneLine(text.slice(end, end + 60))];
+    }
+    const [start, end] = this.known.answers[n].tokens;
+    return [onOneLine(this.texts.text("tokens", [start, Math.min(end, start + SNIPPET_TOKENS)]))];
   }
 }

@@ -77,7 +77,7 @@ class ChartView {
       const legend = make("span", { class: "legend" });
       for (const label of this.labels) {
         const { color, dash } = styleOf({ label, run: 0 }, this.labels, this.view.numRuns);
-        const key = svg("svg", { width: 24, height: 8, style: "display:inline;width:24px;margin:0 .3rem 0 .5rem" });
+        const key = svg("svg", { width: 24, height: 8 });
         const ink = this.view.numRuns === 1 ? color : "var(--faint)";
         key.append(svg("line", { x1: 0, x2: 24, y1: 4, y2: 4, stroke: ink, "stroke-width": 2, "stroke-dasharray": dash }));
         legend.append(key, label);

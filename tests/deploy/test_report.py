@@ -112,6 +112,7 @@ def test_search_and_filters_let_through_what_they_say(seen: dict[str, Any], rows
     found = seen["list"]
     assert found["searched"] == f"{sum('Łódź' in row['text'] for row in rows)} of {len(rows)}"
     assert "Łódź" in found["searchedAnswer"]
+    assert set(found["marked"]) == {"łódź"}
     assert found["nothing"] == [f"0 of {len(rows)}", "Nothing is like that."]
     answers = [row for row in rows if in_group(row)]
     rewarded = [row for row in answers if row["reward"] >= 0.5 and row["step"] <= 5]
@@ -159,17 +160,18 @@ def test_the_answers_of_a_group_stand_side_by_side_with_their_numbers(
         assert float(shown.group(1)) == pytest.approx(row["advantage"], abs=0.01)
 
 
-def test_tokens_are_colored_by_their_ratio_and_say_it(seen: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def test_tokens_are_coloured_by_their_ratio_and_say_it(seen: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     group, logs = seen["group"], log_ratios(rows[0])
     octaves = np.abs(logs) / np.log(2)
     assert [alpha(color) for color in group["ratioColors"]] == pytest.approx(0.65 * np.minimum(octaves, 1), abs=0.01)
     is_blue = np.array(["0, 114, 178" in color for color in group["ratioColors"]])
     assert (is_blue == (logs >= 0))[octaves > 0.02].all()
     assert f"ratio {np.exp(logs[3]):.3f}"[:-1] in group["hovered"]
-    assert group["oneRight"].startswith('token 1 "I" · π_θ ')
+    assert group["hovered"].startswith('token 4 "h" · π_θ ')
+    assert group["oneRight"].startswith('token 5 "i" · π_θ ')
 
 
-def test_tokens_are_colored_by_the_version_that_sampled_them(seen: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def test_tokens_are_coloured_by_the_version_that_sampled_them(seen: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     group = seen["group"]
     row = next(row for row in rows if row["step"] == 7)
     assert group["versionAnswer"] == row["text"]

@@ -72,6 +72,8 @@ async function lookAtList(tab) {
   await tab.keyboard.type("łódź");
   await settle(tab);
   list.searched = await count(tab);
+  list.marked = await texts(tab, "#list mark");
+  await tab.screenshot({ path: `${screenshots}/searched.png` });
   list.searchedAnswer = await tab.locator(".answer.chosen .text").textContent();
   await tab.fill("#search", "nobody ever said this");
   await settle(tab);
@@ -146,6 +148,8 @@ async function lookAtGroup(tab) {
   group.versionColors = await colors(tab, ".answer.chosen .text span");
   await tab.screenshot({ path: `${screenshots}/versions.png` });
   await tab.selectOption("#coloring", "ratio");
+  await tab.fill("#step-from", "");
+  await tab.fill("#step-to", "");
   await tab.selectOption("#kind", "experts");
   await settle(tab);
   group.experts = await count(tab);
