@@ -55,12 +55,12 @@ LEARNING = (
         "μ", {"mu": "μ", "mu_effective": "effective μ"},
         "effective: the expert half's share of the gradient, where it was measured",
     ),
-    Lines("φ", {"expert_phi_mean": "mean weight of an expert token"}),
+    Lines("φ", {"expert_phi_mean": "φ"}, "mean weight of the expert tokens"),
     Lines(
         "Expert tokens decided", {"expert_p_lt_01_frac": "p < 0.1", "expert_p_gt_09_frac": "p > 0.9"},
         "shares of expert tokens of which little is learned with φ",
     ),
-    Lines("−log p of expert tokens", {"expert_nll_mean": "mean"}),
+    Lines("−log p of expert tokens", {"expert_nll_mean": "−log p"}, "nats, mean"),
     Lines("Policy entropy", {"policy_entropy": "entropy"}, "nats, mean over policy tokens"),
     Lines("Mismatch KL", {"policy_mismatch_kl": "KL"}, "from the behaviour policy to the policy, k3 estimate"),
     Lines(
@@ -72,7 +72,8 @@ LEARNING = (
         "shares of policy tokens",
     ),
     Lines(
-        "Groups and answers", {"groups_with_signal_frac": "groups with signal", "truncated_frac": "answers cut off"}
+        "Groups and answers",
+        {"groups_with_signal_frac": "groups with signal", "truncated_frac": "answers cut off"}, "shares",
     ),
     Lines("Gradient norm", {"grad_norm": "norm"}, "before clipping"),
 )  # fmt: skip

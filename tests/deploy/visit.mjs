@@ -24,7 +24,8 @@ async function open(options) {
   const started = Date.now();
   await tab.goto(pathToFileURL(page).href);
   await tab.waitForFunction(() => document.documentElement.dataset.readyMs);
-  return [tab, { all: Date.now() - started, page: Number(await tab.evaluate(() => document.documentElement.dataset.readyMs)) }];
+  const page = Number(await tab.evaluate(() => document.documentElement.dataset.readyMs));
+  return [tab, { all: Date.now() - started, page }];
 }
 
 const texts = (tab, selector) => tab.locator(selector).allTextContents();
@@ -164,7 +165,7 @@ async function lookAtGroup(tab) {
 
 try {
   const [tab, openMs] = await open({ colorScheme: "light" });
-  seen.openMs = openMs;
+  seen.openMs = [openMs];
   await tab.screenshot({ path: `${screenshots}/charts.png` });
   seen.charts = await lookAtCharts(tab);
   await tab.screenshot({ path: `${screenshots}/all-charts.png`, fullPage: true });
@@ -172,11 +173,13 @@ try {
   seen.chartsHidden = await tab.locator("#charts").isHidden();
   seen.list = await lookAtList(tab);
   seen.group = await lookAtGroup(tab);
-  const [dark] = await open({ colorScheme: "dark" });
+  const [dark, darkMs] = await open({ colorScheme: "dark" });
+  seen.openMs.push(darkMs);
   await dark.screenshot({ path: `${screenshots}/dark-charts.png` });
   await dark.click("nav a:last-child");
   await dark.screenshot({ path: `${screenshots}/dark-trajectories.png` });
-  const [narrow] = await open({ viewport: { width: 420, height: 900 } });
+  const [narrow, narrowMs] = await open({ viewport: { width: 420, height: 900 } });
+  seen.openMs.push(narrowMs);
   seen.isWiderThanItsWindow = await narrow.evaluate(() => document.documentElement.scrollWidth > innerWidth);
   await narrow.screenshot({ path: `${screenshots}/narrow.png` });
 } finally {
