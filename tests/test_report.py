@@ -127,7 +127,7 @@ def test_a_run_that_goes_on_can_be_looked_at(tiny_model: Path, tmp_path: Path) -
         local.wait_until(lambda: local.num_steps_done() >= 3)
         page = report(local.folder)
         local.stop()
-        local.finish(timeout_s=60)
+        local.finish()
     (known,) = page.known["runs"]
     assert known["facts"]["state"].startswith("going on: ")
     assert known["notes"] == []
