@@ -12,7 +12,7 @@ EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 help:
 	@echo "make demo   train SmolLM2-135M to add and subtract, from nothing to a summary"
 	@echo "make test   every test but those of deploy/"
-	@echo "make test-deploy  the units, manifests, dashboards and alerts of deploy/, by the tools that operators use"
+	@echo "make test-deploy  the units, manifests, dashboards and alerts of deploy/, by the tools that operators use; the report in a browser"
 	@echo "make check  format, lint and types"
 	@echo "make fix    format and mend what can be mended"
 	@echo "make pitfalls  plant every known mistake of CHORD implementations in a copy; the tests must notice each"

@@ -71,6 +71,11 @@ class RunDir:
         """The answers that version `step` was scored by, where eval.save_samples keeps them."""
         return self.path / "samples" / f"step-{step:08d}.jsonl"
 
+    @property
+    def excerpts(self) -> Path:
+        """Token by token, a sample of what the steps trained on; for chord-report."""
+        return self.path / "excerpts"
+
     def weights(self, component: str) -> Path:
         """Snapshots of one component; none outlives its process for long."""
         return self.path / "weights" / component

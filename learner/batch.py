@@ -12,6 +12,9 @@ from torch import Tensor
 
 from learner.rows import NOTHING, Branch, Row
 
+BranchValues = dict[Branch, NDArray[np.float32]]
+"""A number for each token of each branch, [T]."""
+
 
 @dataclass(frozen=True, eq=False)
 class TrainBatch:
@@ -111,6 +114,19 @@ def build_batch(rows: Sequence[Row]) -> TrainBatch:
         temperatures=torch.tensor([branch.temperature for branch in branches], dtype=torch.float32),
         is_expert=torch.tensor([branch.is_expert for branch in branches], dtype=torch.bool),
     )
+
+
+def num_places(rows: Sequence[Row]) -> int:
+    """B · T of the batch that `build_batch` makes of `rows`."""
+    branches = [branch for row in rows for branch in row.branches]
+    return len(branches) * max(len(branch.tokens) for branch in branches)
+
+
+def take_apart(values: Tensor, rows: Sequence[Row]) -> BranchValues:
+    """The branches' own of `values`, which has one for each of the `num_places` of their batch."""
+    branches = [branch for row in rows for branch in row.branches]
+    laid_out = values.view(len(branches), -1).numpy()
+    return {branch: own[: len(branch.tokens)] for branch, own in zip(branches, laid_out, strict=True)}
 
 
 def _join(parts: Sequence[NDArray[Any]]) -> Tensor:

@@ -210,6 +210,8 @@ class Conductor:
         square = metrics["policy_ratio_sq_mean"]
         meter = Meter(time.monotonic(), host.inbox.peers.labour)
         step_s, labour = max(meter.time - self._meter.time, 1e-9), meter.labour.since(self._meter.labour)
+        actor_ids = host.ledger.history.actor_ids(rows.composition.group_ids)
+        host.excerpts.add(rows, taken.logprobs, actor_ids)
         host.recorder.add_step(
             {
                 "step": step + 1,
@@ -220,12 +222,7 @@ class Conductor:
                 "num_policy_tokens": report.num_policy_tokens,
                 "num_expert_tokens": report.num_expert_tokens,
                 "num_expert_rows": len(rows.composition.expert_row_ids),
-                **describe_groups(
-                    rows.groups,
-                    step=step,
-                    actor_ids=host.ledger.history.actor_ids(rows.composition.group_ids),
-                    with_signal=rows.num_groups_with_signal,
-                ),
+                **describe_groups(rows.groups, step=step, actor_ids=actor_ids, with_signal=rows.num_groups_with_signal),
                 **describe_bias(host.ledger.account, last=BIAS_STEPS * self._config.learner.groups_per_step),
                 "wait_s": waited_s,
                 "train_s": train_s,

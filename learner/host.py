@@ -24,6 +24,8 @@ from common.wire.listener import Listener
 from common.wire.sockets import SocketLimits, reserve_descriptors
 from learner.checkpoints import Checkpoints
 from learner.courier.process import Courier
+from learner.excerpts.excerpts import Excerpts
+from learner.excerpts.folder import ExcerptFolder
 from learner.expert.store import ExpertStore
 from learner.handover import Handover
 from learner.inbox import Inbox, LeaseTerms
@@ -73,6 +75,11 @@ class Host:
         self.ledger.check_rewind()
         self._check_agreement(experts)
         self.recorder = Recorder(self.run_dir.path, self.ledger, open_feeds(config, self.run_dir, self.ledger))
+        self.excerpts = Excerpts(
+            ExcerptFolder(self.run_dir.excerpts),
+            groups_per_step=config.run.excerpt_groups_per_step,
+            seed=config.run.seed,
+        )
         self._open_network(chat)
         reader = StepReader(config, self.ledger.history, experts, chat)
         self.source = Source(

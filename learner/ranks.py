@@ -76,6 +76,18 @@ class Ranks:
         self.on_meeting()
         return _from_bytes(data.numpy().tobytes())
 
+    def collect(self, values: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """On rank 0 every rank's `values`, flat float32, where only it passes how many each has; elsewhere nothing."""
+        if self.is_first:
+            found = [values, *(torch.zeros(size) for size in sizes[1:])]
+            for rank, theirs in enumerate(found):
+                if rank > 0 and len(theirs):
+                    dist.recv(theirs, src=rank, group=self._control)
+            return found
+        if len(values):
+            dist.send(values, dst=0, group=self._control)
+        return []
+
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -60,6 +60,8 @@ class StepReport:
     metrics: dict[str, float]
     """Means over policy tokens (`policy_…`) and expert tokens (`expert_…`), weighted as the loss weighs them; the
     losses, the gradient norm, and what was measured at an interval."""
+    logprobs: Tensor
+    """float32 on the CPU; of this rank alone, as its forward found them: [B, T] of each batch, flat, in their order."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class TrainEngine:
         padded = [batch.to(self._device) for batch in (*batches, *empty)]
         halves = self._measure_halves(padded, denominators, mu) if measures_halves else {}
         totals: dict[str, float] = {}
+        found = [torch.zeros(0)]
         for number, batch in enumerate(padded, start=1):
             losses = self._losses(self._engine, batch, denominators)
             loss = chord_loss(losses.policy, losses.expert, mu=mu)
@@ -132,9 +135,12 @@ class TrainEngine:
             self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * self._ranks.count)
             for name, value in {"loss": loss.detach(), **losses.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
+            if number <= len(batches):
+                found.append(losses.logprobs.detach().flatten().cpu())
         grad_norm = self._take(lr)
         summed = self._ranks.add_up(list(totals.values()))
-        return StepReport(*num_tokens, {**dict(zip(totals, summed, strict=True)), "grad_norm": grad_norm, **halves})
+        metrics = {**dict(zip(totals, summed, strict=True)), "grad_norm": grad_norm, **halves}
+        return StepReport(*num_tokens, metrics, torch.cat(found))
 
     def _count(self, batches: Sequence[TrainBatch]) -> tuple[Denominators, tuple[int, int]]:
         """Sums of loss weights, and numbers of loss-bearing tokens (policy, expert), over all ranks."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from common.config.schema import Config
 from common.weights.policy import pack_adapters
 from learner.adapters import Lora
-from learner.batch import TrainBatch, build_batch
+from learner.batch import BranchValues, build_batch, num_places, take_apart
 from learner.objective.importance import Correction
 from learner.policy_model import load_policy_model, resolve_compute_dtype
 from learner.ranks import Ranks
@@ -31,6 +31,8 @@ class Taken:
     report: StepReport
     lr: float
     train_s: float
+    logprobs: BranchValues
+    """The policy's, before the step, as its forward found them; 0 where the mask is. Empty but on rank 0."""
 
 
 def prepare_device(config: Config) -> torch.device:
@@ -84,17 +86,29 @@ class Trainer:
 
     def take(self, step: int, rows: Sequence[Row] | None, *, mu: float) -> Taken:
         """Take optimizer step `step` (counted from 0); only rank 0 passes its rows, all pass μ."""
-        batches = self._ranks.deal_batches(self._deal(rows) if rows is not None else None)
+        shares = self._deal(rows) if rows is not None else []
+        batches = self._ranks.deal_batches([[build_batch(some) for some in share] for share in shares] or None)
         lr, every = lr_of(self._config, step), self._config.learner.effective_mu_every_steps
         started = time.monotonic()
         report = self._engine.step(batches, mu=mu, lr=lr, measures_halves=every > 0 and step % every == 0)
-        return Taken(report, lr, time.monotonic() - started)
+        return Taken(report, lr, time.monotonic() - started, self._collect(report.logprobs, shares))
 
-    def _deal(self, rows: Sequence[Row]) -> list[list[TrainBatch]]:
+    def _deal(self, rows: Sequence[Row]) -> list[list[list[Row]]]:
+        """The micro-batches of each rank."""
         budget = self._config.learner.micro_batch_tokens
         rows = rows if self._config.learner.share_prompts else unshare(rows)
         rows = [part for row in rows for part in split_to_budget(row, budget)]
-        return [[build_batch(some) for some in micro_batches(share, budget)] for share in deal(rows, self._ranks.count)]
+        return [micro_batches(share, budget) for share in deal(rows, self._ranks.count)]
+
+    def _collect(self, logprobs: Tensor, shares: list[list[list[Row]]]) -> BranchValues:
+        """Bring all ranks' log-probs back to the branches that they were dealt."""
+        sizes = [[num_places(some) for some in share] for share in shares]
+        collected = self._ranks.collect(logprobs, [sum(own) for own in sizes])
+        found: BranchValues = {}
+        for values, share, own in zip(collected, shares, sizes, strict=True):
+            for part, some in zip(values.split(own), share, strict=True):
+                found |= take_apart(part, some)
+        return found
 
     def published_tensors(self) -> dict[str, Tensor]:
         """What a version consists of, on rank 0; empty elsewhere. Every rank must call it."""

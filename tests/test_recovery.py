@@ -4,6 +4,7 @@ import json
 import sqlite3
 from pathlib import Path
 
+from learner.excerpts.folder import ExcerptFolder
 from tests.runs import LocalRun, audit, import_experts, read_lines, read_summary, run_module, write_config
 
 
@@ -30,6 +31,7 @@ def test_a_run_killed_twice_is_bit_for_bit_the_one_that_was_not(tiny_model: Path
     report = audit(run.folder)
     assert report["violations"] == []
     assert (report["steps"], report["lost"], report["duplicates"]) == (14, 0, 0)
+    assert list(ExcerptFolder(run.folder / "excerpts").files()) == list(range(1, 15))
     replayed = run_module("learner", "--replay", str(run.folder)).stdout
     assert "replayed steps 1 to 14: bit for bit, 14 versions" in replayed
     manifest = json.loads((run.folder / "checkpoints" / "step-00000014" / "manifest.json").read_text())
@@ -56,8 +58,11 @@ def test_a_run_is_taken_back_and_goes_on_otherwise(tiny_model: Path, tmp_path: P
     refused = run_module("learner", "--config", str(config), "--rewind", "5", check=False)
     assert refused.returncode == 2
     assert "got step 5, expected 0 or one with a good checkpoint: [6, 7]" in refused.stderr
+    excerpts = ExcerptFolder(run.folder / "excerpts")
+    undone, kept = excerpts.path_of(7).read_bytes(), excerpts.path_of(6).read_bytes()
     said = run_module("learner", "--config", str(config), "--rewind", "6").stdout
     assert "is back at step 6:" in said
+    assert list(excerpts.files()) == list(range(1, 7))
     assert [line["step"] for line in read_lines(run.folder / "metrics.jsonl")] == list(range(1, 7))
     assert not (run.folder / "final").exists()
     assert audit(run.folder)["dropped"]["rolled_back"] >= 2
@@ -67,6 +72,8 @@ def test_a_run_is_taken_back_and_goes_on_otherwise(tiny_model: Path, tmp_path: P
     assert report["violations"] == []
     assert report["steps"] == 7
     assert [line["step"] for line in read_lines(run.folder / "metrics.jsonl")] == list(range(1, 8))
+    assert excerpts.path_of(6).read_bytes() == kept
+    assert excerpts.path_of(7).read_bytes() != undone
 
 
 def test_an_audit_names_what_does_not_add_up(tiny_model: Path, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import sqlite3
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -127,6 +129,20 @@ def test_two_ranks_train_a_run(tiny_model: Path, tmp_path: Path, zero_stage: int
     with LocalRun(config) as run:
         run.finish()
     check_record(run.folder, num_steps=3)
+    check_excerpts(run.folder, num_steps=3)
+
+
+def check_excerpts(folder: Path, *, num_steps: int) -> None:
+    """Of an answer that the policy itself sampled, log-probs in training are those in sampling, whoever had it."""
+    num_own = 0
+    for step in range(1, num_steps + 1):
+        for row in pq.read_table(folder / "excerpts" / f"step-{step:08d}.parquet").to_pylist():
+            policy = np.array(row["policy_logprobs"])
+            assert (policy < 0).any()
+            if row["group_id"] is not None and set(row["versions"]) == {step - 1}:
+                np.testing.assert_allclose(policy, row["behavior_logprobs"], atol=0.15)
+                num_own += 1
+    assert num_own > 0
 
 
 def test_a_rank_that_meets_a_mistake_ends_the_learner_with_its_line(tiny_model: Path, tmp_path: Path) -> None:

@@ -33,3 +33,6 @@ class Run(Section):
     )
     max_crashes: Count = Field(5, description="crashes of one component in crash_window_s that chord-local mends")
     crash_window_s: Seconds = Field(300.0, description="crashes longer ago are forgiven")
+    excerpt_groups_per_step: Count = Field(
+        2, description="groups of a step, and as many expert rows, kept token by token for chord-report; 0: none"
+    )

@@ -95,6 +95,15 @@ class Account:
         """The same of those that were or are being trained."""
         return self._yield("state IN ('training', 'trained')", last)
 
+    def answer_lengths(self) -> list[tuple[float, bool]]:
+        """Of every group that came: the mean tokens of its answers, and whether it was or is being trained."""
+        query = (
+            "SELECT num_answer_tokens * 1.0 / num_trajectories, state IN ('training', 'trained') FROM groups "
+            "WHERE num_trajectories > 0"
+        )
+        with self._db.lock:
+            return [(length, bool(is_trained)) for length, is_trained in self._db.execute(query)]
+
     def _yield(self, where: str, last: int | None) -> Yield:
         newest = "(SELECT coalesce(max(group_id), 0) FROM groups)"
         query = (

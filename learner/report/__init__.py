@@ -1,0 +1,1 @@
+"""`chord-report`: one page to look at runs with."""
