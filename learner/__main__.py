@@ -45,7 +45,9 @@ def learner(
         Path | None,
         typer.Option(metavar="RUN_DIR", help="Repeat a run from its ledger, compare it bit for bit, and stop."),
     ] = None,
-    node: Annotated[int, typer.Option(metavar="N", help="Which of learner.num_nodes machines this is, from 0.")] = 0,
+    node_index: Annotated[
+        int, typer.Option(metavar="N", help="Which of learner.num_nodes machines this is, from 0.")
+    ] = 0,
 ) -> None:
     """Run the learner until learner.num_steps optimizer steps are done."""
     if replay:
@@ -62,7 +64,7 @@ def learner(
         return
     _check_paths(resolved, resume=resume)
     if resolved.learner.num_ranks > 1 and "RANK" not in os.environ:
-        start_ranks(resolved.learner, node, sys.argv[1:])
+        start_ranks(resolved.learner, node_index, sys.argv[1:])
     start_logging("learner")
     from learner.conductor import Conductor
 

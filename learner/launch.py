@@ -19,7 +19,7 @@ def placement(learner: Learner, node: int) -> list[str]:
     Ranks are numbered machine by machine, so that rank 0, which actors know, is always on the same one.
     """
     if not 0 <= node < learner.num_nodes:
-        raise OperatorError(f"--node: got {node}, expected 0 to {learner.num_nodes - 1}, below learner.num_nodes")
+        raise OperatorError(f"--node-index: got {node}, expected 0 to {learner.num_nodes - 1}, below learner.num_nodes")
     here = ["--nproc-per-node", str(learner.num_ranks // learner.num_nodes)]
     if learner.num_nodes == 1:
         return ["--standalone", *here]

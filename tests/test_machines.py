@@ -45,7 +45,7 @@ def start(tiny_model: Path, tmp_path: Path) -> Iterator[Start]:
             folder.mkdir(exist_ok=True)
             if not (folder / "checkpoints").exists():
                 (folder / "checkpoints").symlink_to(tmp_path / "checkpoints")
-            command = [sys.executable, "-m", "learner", "--node", str(node), "--config", str(config)]
+            command = [sys.executable, "-m", "learner", "--node-index", str(node), "--config", str(config)]
             environment = {**os.environ, **QUIET, "GLOO_SOCKET_IFNAME": "lo"}
             machines.append(
                 subprocess.Popen([*command, f"run.dir={folder}"], stderr=subprocess.PIPE, text=True, env=environment)
@@ -64,7 +64,7 @@ def test_a_learner_on_two_machines_survives_the_loss_of_one(start: Start, tmp_pa
     first, second = start()
     deadline = time.monotonic() + 120
     while not (tmp_path / "checkpoints" / "newest").exists():
-        assert first.poll() is None
+        assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     lose(second)
@@ -83,9 +83,9 @@ def test_a_learner_on_two_machines_survives_the_loss_of_one(start: Start, tmp_pa
 def test_a_machine_that_does_not_exist_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     config = str(write_config(tmp_path, tiny_model))
     where = ["learner.num_ranks=2", "learner.num_nodes=2", "learner.rendezvous=127.0.0.1:5999"]
-    done = run_module("learner", "--config", config, "--node", "2", *where, check=False)
+    done = run_module("learner", "--config", config, "--node-index", "2", *where, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("--node: got 2, expected 0 to 1, below learner.num_nodes")
+    assert done.stderr.splitlines()[-1].endswith("--node-index: got 2, expected 0 to 1, below learner.num_nodes")
 
 
 def test_a_policy_is_kept_on_another_disk_too(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ class Learner(Section):
     )
     num_ranks: Positive = Field(1, description="training processes; more than 1 starts them through torchrun")
     num_nodes: Positive = Field(
-        1, description="machines that the ranks are spread over evenly; each starts chord-learner --node N"
+        1, description="machines that the ranks are spread over evenly; each starts chord-learner --node-index N"
     )
     rendezvous: str = Field("", description="HOST:PORT on machine 0 where the ranks of several machines meet")
     num_threads: Count = Field(0, description="CPU threads of one rank; 0 leaves it to torch")

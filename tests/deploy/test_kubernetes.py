@@ -155,7 +155,7 @@ def test_a_learner_of_several_pods_has_a_rank_for_each_of_its_gpus(name: str) ->
         assert (
             config.rendezvous == f"{server.name}.{server.workload['spec']['serviceName']}:{server.ports['rendezvous']}"
         )
-        assert [word for word in server.command() if word.startswith("--node")] == ["--node=0"]
+        assert [word for word in server.command() if word.startswith("--node-index")] == ["--node-index=0"]
         assert placement(config, replicas - 1)[:4] == ["--nnodes", str(replicas), "--node-rank", str(replicas - 1)]
 
 
