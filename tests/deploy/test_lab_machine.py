@@ -116,7 +116,7 @@ class LabMachine:
         if unit.endswith("*"):
             return [name for name in self.processes if name.startswith(unit[:-1])]
         if unit == "chord.target":
-            return sorted({*wanted, *self.processes}, key=lambda name: name != LEARNER)
+            return sorted({*wanted, *self.processes}, key=lambda name: (name != LEARNER, name))
         return [f"{unit}.service"]
 
     def start(self, names: list[str]) -> None:
