@@ -7,16 +7,18 @@ from common.watchdog import Watchdog
 from common.wire.messages import ActorState
 
 BEAT_S = 1.0
+READY_IN = {
+    "actor": {ActorState.SERVING},
+    "evaluator": {ActorState.FITTING, ActorState.SERVING, ActorState.STALE},  # for hours no version may be owed a score
+}
+"""States in which a peer does what it is there for."""
 
 
 class Pulse:
     """Begins as soon as it is made; `keep` runs beside the peer's work."""
 
-    def __init__(
-        self, config: Config, component: str, *, ready_in: frozenset[ActorState] = frozenset({ActorState.SERVING})
-    ) -> None:
-        """`ready_in`: the states in which the peer does what it is there for."""
-        self._ready_in = ready_in
+    def __init__(self, config: Config, component: str) -> None:
+        self._ready_in = READY_IN[component]
         self._limit_s = config.run.watchdog_s
         self._learner_s = config.network.learner_timeout_s
         self._watchdog = Watchdog()

@@ -99,10 +99,9 @@ async def serve(config: Config, name: str) -> None:
     from actors.pulse import Pulse
     from actors.start import make_hello, make_parts, on_stop
     from common.side_port import SidePort
-    from common.wire.messages import ActorState, Role
+    from common.wire.messages import Role
 
-    # It is there for the versions that are owed a score; for hours there may be none.
-    pulse = Pulse(config, "evaluator", ready_in=frozenset({ActorState.FITTING, ActorState.SERVING, ActorState.STALE}))
+    pulse = Pulse(config, "evaluator")
     metrics = EvaluatorMetrics()
     plan = plan_of(config, make_tasks(config))
     engine = config.eval.engine or config.actor.engine

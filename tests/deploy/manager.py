@@ -63,7 +63,7 @@ class Manager:
         self._folder.cleanup()
 
 
-def wait_until(is_reached: Callable[[], bool], what: Callable[[], str], timeout_s: float = 120) -> None:
+def wait_until(is_reached: Callable[[], bool], what: Callable[[], str], timeout_s: float = 300) -> None:
     """`what` tells what was seen instead."""
     deadline = time.monotonic() + timeout_s
     while not is_reached():

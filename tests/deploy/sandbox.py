@@ -67,8 +67,10 @@ def run_command(root: Path, line: str, *, timeout_s: float = 120) -> str:
 class UnitProcess:
     """One start of a service, until its end."""
 
-    def __init__(self, root: Path, unit: Unit, manager: Manager, *, scratch: Path, log: IO[bytes]) -> None:
-        """`scratch`: an empty folder, for what systemd would keep of this start."""
+    def __init__(
+        self, root: Path, unit: Unit, manager: Manager, *, scratch: Path, log: IO[bytes], command: Sequence[str] = ()
+    ) -> None:
+        """`scratch`: an empty folder, for what systemd would keep of this start; `command`: in place of ExecStart."""
         self.unit = unit
         credentials = f"/run/credentials/{unit.name}"
         writable = [f"var/lib/{unit['StateDirectory']}", f"var/cache/{unit['CacheDirectory']}"]
@@ -89,7 +91,7 @@ class UnitProcess:
         with write_filter(unit, scratch / "filter").open("rb") as program:
             words += ["--chdir", unit["WorkingDirectory"], "--seccomp", str(program.fileno())]
             self._bwrap = subprocess.Popen(
-                [*words, *unit.command(environment)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [*words, *(command or unit.command(environment))], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=environment, pass_fds=[program.fileno()],
             )  # fmt: skip
 

@@ -39,7 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "actor": {"engine": "simulated", "max_groups_in_flight": 1, "drain_s": 5.0},
     "learner": {"num_steps": 100_000, "groups_per_step": 2, "num_threads": 1, "checkpoint_every_steps": 20},
     "expert": {"rows_per_step": 2},
-    "eval": {"engine": "transformers", "every_steps": 200, "num_problems": 4},
+    "eval": {"every_steps": 200, "num_problems": 4},
 }
 """What the operator writes into run.toml here: a run that two cores bear beside everything else."""
 
@@ -116,7 +116,7 @@ class LabMachine:
         if unit.endswith("*"):
             return [name for name in self.processes if name.startswith(unit[:-1])]
         if unit == "chord.target":
-            return sorted({*wanted, *self.processes}, key=lambda name: name != LEARNER)
+            return sorted({*wanted, *self.processes}, key=lambda name: (name != LEARNER, name))
         return [f"{unit}.service"]
 
     def start(self, names: list[str]) -> None:
