@@ -27,6 +27,7 @@ from common.config.load import resolve_config
 from common.config.schema import Actor
 from common.errors import OperatorError
 from common.weights.snapshot import Snapshot
+from common.wire.ports import is_free
 from common.wire.sockets import SocketLimits
 from learner.courier.process import Courier
 
@@ -314,6 +315,9 @@ class Delivery:
         config = resolve_config(None, ["weights.transport=gloo", "learner.num_threads=1"]).config
         limits = SocketLimits(0.5, 2.0, 8 << 20)
         self.courier = Courier(config)
+        deadline = time.monotonic() + 90
+        while is_free("127.0.0.1", self.courier.port) and time.monotonic() < deadline:
+            time.sleep(0.05)  # it has much to import first
         self.client = TransferClient(engine, config.network, config.weights, name="a", limits=limits, keys=None)
 
     async def bring(self, snapshot: Snapshot) -> bool:

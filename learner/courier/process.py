@@ -18,7 +18,7 @@ from learner.courier.settings import CourierOffer, CourierSettings
 
 log = logging.getLogger(__name__)
 
-END_S = 5.0
+END_S = 2.0
 
 
 class Courier:

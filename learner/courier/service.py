@@ -8,6 +8,7 @@ not be called off otherwise. The learner starts another; everybody else's groups
 import json
 import logging
 import os
+import select
 import threading
 import time
 from collections import deque
@@ -85,10 +86,12 @@ class Service:
         for source in (self._listener.socket, self._offers):
             poller.register(source, zmq.POLLIN)
         while True:
-            ready = dict(poller.poll(0 if self._waiting else 1000))
-            if self._offers in ready and not self._read_offers():
-                return
+            poller.poll(0 if self._waiting else 1000)
             self._receive(0)
+            # After the requests: whoever asks for a version asks for one that was offered before.
+            while select.select([self._offers], [], [], 0)[0]:
+                if not self._read_offers():
+                    return
             self._forget_those_gone()
             if self._waiting:
                 self._serve(self._waiting.popleft())
