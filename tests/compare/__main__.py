@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -38,12 +38,17 @@ class Session:
     home: Path
     """The checkout whose README and figure are made anew."""
     console: Console
+    _failure: str = ""
+    """The last one's."""
 
     def take_runs(self, *, deadline: float | None) -> int:
         """Take runs until there are none left or time is; returns how many failed."""
         num_failed = 0
-        while (run := self._next()) is not None:
+        while True:
             plan, results = self.plan()
+            run = next((run for run in plan if run.is_ready and not fresh(run, results)), None)
+            if run is None:
+                return num_failed
             num_left = sum(not fresh(planned, results) for planned in plan)
             estimate_s = estimate(run, results)
             if deadline is not None and time.monotonic() + estimate_s > deadline:
@@ -55,11 +60,14 @@ class Session:
                 f"run {len(plan) - num_left + 1} of {len(plan)}: {run.name}, about {in_minutes(estimate_s)}; "
                 f"all that is left: {left_s(plan, results) / 3600:.1f} h"
             )
-            result = self._take(run)
-            num_failed += bool(result.failure)
-            write_result(self.results, result)
-            self.report()
-        return num_failed
+            num_failed += bool(self.take(run).failure)
+
+    def take(self, run: PlannedRun) -> Result:
+        """Take one run, keep its result and tell of it. Where it fails it is tried again; then that is its result."""
+        result = self._try(run) or self._try(run) or self._failed(run)
+        write_result(self.results, result)
+        self.report()
+        return result
 
     def plan(self) -> tuple[list[PlannedRun], dict[str, Result]]:
         results = load_results(self.results)
@@ -86,24 +94,23 @@ class Session:
         num_done = sum(bool(fresh(run, results)) for run in plan)
         self._say(f"{len(plan)} runs, {num_done} done, about {left_s(plan, results) / 3600:.1f} h to go")
 
-    def _next(self) -> PlannedRun | None:
-        plan, results = self.plan()
-        return next((run for run in plan if run.is_ready and not fresh(run, results)), None)
+    def _try(self, run: PlannedRun) -> Result | None:
+        """None where it fails."""
+        began = time.monotonic()
+        show = _Shower(self.console, run.name, began).show
+        try:
+            result = Harness(self.scale, self.scratch, self.results, show).take(run)
+        except CommandFailed as failure:
+            self._failure = str(failure)
+            self._say(f"{run.name} failed: {failure}")
+            return None
+        self._say(f"{run.name}: {in_minutes(time.monotonic() - began)}, {_figures(result)}")
+        return result
 
-    def _take(self, run: PlannedRun) -> Result:
-        """Twice where it fails; a second failure is a result."""
-        for attempt in (1, 2):
-            began = time.monotonic()
-            try:
-                result = Harness(self.scale, self.scratch, self.results, _Shower(self, run.name, began).show).take(run)
-            except CommandFailed as failure:
-                self._say(f"{run.name} failed (try {attempt} of 2): {failure}")
-                reason = str(failure)
-            else:
-                self._say(f"{run.name}: {in_minutes(time.monotonic() - began)}, {_figures(result)}")
-                return result
-        nothing = Result(run.name, run.part, run.label, run.seed, run.lr, run.settings_hash)
-        return replace(nothing, failure=reason, wall_s={"run": time.monotonic() - began})
+    def _failed(self, run: PlannedRun) -> Result:
+        return Result(
+            run.name, run.part, run.label, run.seed, run.lr, run.settings_hash, failure=self._failure,
+        )  # fmt: skip
 
     def _say(self, line: str) -> None:
         self.console.print(f"{time.strftime('%H:%M')} {line}", markup=False, highlight=False)
@@ -113,18 +120,22 @@ class Session:
 class _Shower:
     """What a run does now: on one changing line of a terminal, else a line a minute."""
 
-    session: Session
+    console: Console
     name: str
     began: float
     shown: float = 0.0
 
     def show(self, what: str) -> None:
-        now, console = time.monotonic(), self.session.console
-        if console.is_terminal:
-            console.print(f"  {in_minutes(now - self.began):>8}  {what:40}", end="\r", markup=False, highlight=False)
+        now = time.monotonic()
+        if self.console.is_terminal:
+            self.console.print(
+                f"  {in_minutes(now - self.began):>8}  {what:40}", end="\r", markup=False, highlight=False
+            )
         elif now - self.shown > SHOW_EVERY_S:
             self.shown = now
-            console.print(f"  {in_minutes(now - self.began):>8}  {self.name}: {what}", markup=False, highlight=False)
+            self.console.print(
+                f"  {in_minutes(now - self.began):>8}  {self.name}: {what}", markup=False, highlight=False
+            )
 
 
 def estimate(run: PlannedRun, results: dict[str, Result]) -> float:

@@ -1,4 +1,4 @@
-"""Commands of chord-rl as child processes: none outlives whoever started it."""
+"""Commands of chord-rl as child processes, which have ended when whoever started them goes on."""
 
 import os
 import signal

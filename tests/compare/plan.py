@@ -77,11 +77,11 @@ def make_plan(scale: Scale, results: Mapping[str, Result]) -> list[PlannedRun]:
     for method in ("sft", *(method for method in METHODS if method != "sft")):
         sft_lr = chosen_rate(tried["sft"], results) if method == "sft_then_rl" else None
         for lr in _middle_first(scale.rates[method]):
-            tried[method].append(_method(scale, method, first, lr, sft_lr=sft_lr))
+            tried[method].append(method_run(scale, method, first, lr, sft_lr=sft_lr))
     runs += _in_rounds(tried)
     rates = {method: chosen_rate(tried[method], results) for method in METHODS}
     for seed in scale.seeds[1:]:
-        runs += [_method(scale, method, seed, rates[method], sft_lr=rates["sft"]) for method in METHODS]
+        runs += [method_run(scale, method, seed, rates[method], sft_lr=rates["sft"]) for method in METHODS]
     return runs + list(_staleness(scale, rates[LAGGED]))
 
 
@@ -123,7 +123,7 @@ def _start(scale: Scale, seed: int) -> PlannedRun:
     return PlannedRun("methods", START, seed, None, _base(scale, seed), settings=_settings(scale, seed))
 
 
-def _method(scale: Scale, method: str, seed: int, lr: float | None, *, sft_lr: float | None) -> PlannedRun:
+def method_run(scale: Scale, method: str, seed: int, lr: float | None, *, sft_lr: float | None) -> PlannedRun:
     """A run of the comparison of methods; without a configuration where a rate is missing."""
     run = PlannedRun("methods", method, seed, lr, None, settings=_settings(scale, seed))
     if lr is None or (method == "sft_then_rl" and sft_lr is None):
@@ -148,10 +148,11 @@ def _staleness(scale: Scale, lr: float | None) -> Iterator[PlannedRun]:
             for correction in ("tis", "none") if lag else ("tis",):
                 is_on_the_bar = correction == "tis" and lag <= BAR_LAG
                 if seed in scale.lag_seeds or is_on_the_bar:
-                    yield _lagged(scale, seed, lag, correction, lr)
+                    yield lagged_run(scale, seed, lag, correction, lr)
 
 
-def _lagged(scale: Scale, seed: int, lag: int, correction: str, lr: float | None) -> PlannedRun:
+def lagged_run(scale: Scale, seed: int, lag: int, correction: str, lr: float | None) -> PlannedRun:
+    """A run whose actor serves weights that are `lag` optimizer steps old."""
     label, settings = f"{correction} lag {lag}", _settings(scale, seed)
     if lr is None:
         return PlannedRun("staleness", label, seed, None, None, lag, settings)
