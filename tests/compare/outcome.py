@@ -130,8 +130,9 @@ def _verdict(difference: Row | None) -> bool | None:
 
 
 def _over(results: Mapping[int, Result], value: Callable[[Result], float | None]) -> Row | None:
-    found = [number for result in results.values() if (number := value(result)) is not None]
-    return asdict(over_seeds(found)) | {"values": found} if found else None
+    """Mean and interval, with the values by seed."""
+    found = {seed: number for seed, result in results.items() if (number := value(result)) is not None}
+    return asdict(over_seeds(list(found.values()))) | {"values": found} if found else None
 
 
 def _difference(

@@ -174,12 +174,12 @@ def _base(scale: Scale, seed: int) -> Sections:
         "sampling": {"max_tokens": TRAINED.max_tokens},
         "algorithm": {"group_size": scale.group_size},
         "actor": {
-            "engine": scale.engine, "max_model_tokens": scale.max_model_tokens, "num_threads": scale.num_threads,
+            "engine": scale.engine, "dtype": scale.dtype, "max_model_tokens": scale.max_model_tokens, "num_threads": scale.num_threads,
             "gpu_memory_frac": 0.2,
         },
         "learner": {
             "num_steps": scale.num_steps, "groups_per_step": scale.groups_per_step, "lr_warmup_steps": 2,
-            "lr_schedule": "linear", "num_threads": scale.num_threads, "compute_dtype": "auto",
+            "lr_schedule": "linear", "num_threads": scale.num_threads, "compute_dtype": scale.dtype,
             "micro_batch_tokens": 1024, "checkpoint_every_steps": scale.num_steps, "keep_checkpoints": 1,
             "effective_mu_every_steps": 0,
         },

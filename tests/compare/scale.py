@@ -17,6 +17,8 @@ class Scale:
 
     model: Path = Path("models/smollm2-135m")
     engine: str = "vllm"
+    dtype: str = "bfloat16"
+    """Of the engines and of the learner's matrix products: named, so that all machines compute alike."""
     num_threads: int = 2
     """Of the learner and of each engine; they wait for one another most of the time."""
     max_model_tokens: int = 256
