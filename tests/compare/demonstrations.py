@@ -1,5 +1,6 @@
 """The expert of the comparison: solved training problems, worked out step by step, as JSON lines."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from itertools import islice
@@ -36,6 +37,11 @@ def demonstrations(num: int) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{problem.question}: {solution!r} scores {score}, expected 1")
         turns = [*problem.messages, ChatMessage(role="assistant", content=solution)]
         yield {"messages": [turn.model_dump() for turn in turns]}
+
+
+def task_hash(num: int) -> str:
+    """Equal exactly where the demonstrations are."""
+    return hashlib.sha256(json.dumps([TRAINED.environment(), EXPERT_SEED, num]).encode()).hexdigest()[:8]
 
 
 def write_demonstrations(path: Path, num: int) -> None:

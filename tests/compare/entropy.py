@@ -17,14 +17,17 @@ from tests.compare.task import TRAINED
 from tests.runs import read_lines
 
 
+TOLD = "nats per token: "
+
+
 def main(
     policy: Path,
     samples: Path,
     seed: Annotated[int, typer.Option(help="That the answers were sampled with, as run.seed.")] = 0,
     num_answers: Annotated[int, typer.Option(min=1, help="The first answer to each of so many problems.")] = 64,
 ) -> None:
-    """Print nats per token of the answers in SAMPLES (chord-eval --samples) under the model in POLICY."""
-    print(f"{mean_entropy(policy, answered(Chat(policy), samples, seed=seed, num=num_answers)):.5f}")
+    """Print the entropy of the answers in SAMPLES (chord-eval --samples) under the model in POLICY."""
+    print(f"{TOLD}{mean_entropy(policy, answered(Chat(policy), samples, seed=seed, num=num_answers)):.5f}")
 
 
 def answered(chat: Chat, samples: Path, *, seed: int, num: int) -> list[Demonstration]:

@@ -19,7 +19,8 @@ from typing import Any
 from common.config.load import to_toml
 from common.wire.ports import free_ports
 from tests.compare.commands import CommandFailed, last_line, require_success, run_command, started
-from tests.compare.demonstrations import write_demonstrations
+from tests.compare.demonstrations import task_hash, write_demonstrations
+from tests.compare.entropy import TOLD
 from tests.compare.plan import SUPERVISED, PlannedRun, Sections
 from tests.compare.results import Result, Score
 from tests.compare.scale import Scale
@@ -75,18 +76,23 @@ class Harness:
         assert run.sections, f"{run.name}: taken before its learning rate was chosen"
         sections = {name: dict(keys) for name, keys in run.sections.items()}
         sections["run"]["dir"] = str(self.run_folder(run))
-        sections["expert"]["path"] = str(self.scratch / "expert.sqlite")
+        sections["expert"]["path"] = str(self._demonstrations.with_suffix(".sqlite"))
         self.configs.mkdir(parents=True, exist_ok=True)
         path = self.configs / f"{run.name}.toml"
-        path.write_text(_recipe(run, path, self.scale, self.scratch) + _toml_document(sections))
+        path.write_text(_recipe(run, path, self._demonstrations, self.scale.num_expert_rows) + _toml_document(sections))
         return path
 
+    @property
+    def _demonstrations(self) -> Path:
+        """Other tasks, and other numbers of rows, have other files."""
+        return self.scratch / f"demonstrations-{task_hash(self.scale.num_expert_rows)}.jsonl"
+
     def _import_demonstrations(self, config: Path) -> None:
-        store, rows = self.scratch / "expert.sqlite", self.scratch / "demonstrations.jsonl"
-        if not store.exists():
-            self.show("importing demonstrations")
-            write_demonstrations(rows, self.scale.num_expert_rows)
-            self._run("learner.expert", "import", "jsonl", str(rows), "--config", str(config))
+        """Rows that the store holds already are left out; one store serves all runs."""
+        self.show("importing demonstrations")
+        rows = self._demonstrations
+        write_demonstrations(rows, self.scale.num_expert_rows)
+        self._run("learner.expert", "import", "jsonl", str(rows), "--config", str(config))
 
     def _train(self, run: PlannedRun, config: Path) -> None:
         """chord-local, and beside it the actor that lags, where one is to."""
@@ -145,7 +151,7 @@ class Harness:
             "tests.compare.entropy", str(policy), str(samples), "--seed", str(seed),
             "--num-answers", str(self.scale.num_entropy_answers),
         )  # fmt: skip
-        return {"test": test, "retention": retention, "entropy": float(told.split()[-1])}
+        return {"test": test, "retention": retention, "entropy": float(told.rpartition(TOLD)[2].split()[0])}
 
     def _asked(self, family: Family, seed: int) -> list[str]:
         """How an untrained family is evaluated; a handful of short answers needs no engine that starts for long."""
@@ -175,7 +181,8 @@ class Harness:
 
 def what_it_left(folder: Path) -> dict[str, Any]:
     """Fields of the result that the run directory tells."""
-    steps, scored = read_lines(folder / "metrics.jsonl"), read_lines(folder / "eval.jsonl")
+    steps = read_lines(folder / "metrics.jsonl")
+    scored = sorted(read_lines(folder / "eval.jsonl"), key=lambda line: line["step"])
     curves = {key: [line.get(key) for line in steps] for key in CURVES}
     sampled = sum(line["actor_tokens_per_s"] * line["step_s"] for line in steps)
     return {
@@ -240,12 +247,12 @@ def _toml_document(sections: Sections) -> str:
     )
 
 
-def _recipe(run: PlannedRun, path: Path, scale: Scale, scratch: Path) -> str:
+def _recipe(run: PlannedRun, path: Path, rows: Path, num_rows: int) -> str:
     """How to repeat the run by hand, as comments."""
     told = [
         f"{run.name}: a run of `make compare`, by hand:",
-        f"python -m tests.compare.demonstrations {scratch / 'demonstrations.jsonl'} --num-rows {scale.num_expert_rows}",
-        f"chord-expert import jsonl {scratch / 'demonstrations.jsonl'} --config {path}",
+        f"python -m tests.compare.demonstrations {rows} --num-rows {num_rows}",
+        f"chord-expert import jsonl {rows} --config {path}",
     ]
     if run.lag is None and run.is_trained:
         told.append(f"chord-local --fresh --config {path}")

@@ -174,8 +174,8 @@ def _base(scale: Scale, seed: int) -> Sections:
         "sampling": {"max_tokens": TRAINED.max_tokens},
         "algorithm": {"group_size": scale.group_size},
         "actor": {
-            "engine": scale.engine, "dtype": scale.dtype, "max_model_tokens": scale.max_model_tokens, "num_threads": scale.num_threads,
-            "gpu_memory_frac": 0.2,
+            "engine": scale.engine, "dtype": scale.dtype, "max_model_tokens": scale.max_model_tokens,
+            "num_threads": scale.num_threads, "gpu_memory_frac": 0.2,
         },
         "learner": {
             "num_steps": scale.num_steps, "groups_per_step": scale.groups_per_step, "lr_warmup_steps": 2,
