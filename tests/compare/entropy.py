@@ -16,7 +16,6 @@ from common.problems import ReasoningProblems
 from tests.compare.task import TRAINED
 from tests.runs import read_lines
 
-
 TOLD = "nats per token: "
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tests.compare.demonstrations import task_hash
 from tests.compare.results import Result
 from tests.compare.scale import BAR_LAG, Scale
 from tests.compare.task import TRAINED
@@ -192,7 +193,7 @@ def _base(scale: Scale, seed: int) -> Sections:
 def _settings(scale: Scale, seed: int) -> dict[str, Any]:
     """What a result depends on beside the run's configuration."""
     return {
-        "num_expert_rows": scale.num_expert_rows,
+        "demonstrations": task_hash(scale.num_expert_rows),
         "test": {"seed": seed_of_test(seed), "num_problems": scale.num_test_problems, "k": scale.num_test_answers},
         "retention": {
             "num_problems": scale.num_retention_problems,
