@@ -7,7 +7,7 @@ MODEL := models/smollm2-135m
 DEMO := deploy/recipes/demo.toml
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: help demo test test-deploy check fix pitfalls chaos soak bench
+.PHONY: help demo test test-deploy check fix pitfalls chaos soak bench compare
 
 help:
 	@echo "make demo   train SmolLM2-135M to add and subtract, from nothing to a summary"
@@ -19,6 +19,7 @@ help:
 	@echo "make chaos  kill, stop, cut off, starve and damage real runs for an hour; nothing may be lost"
 	@echo "make soak   an hour of light faults and hostile connections; memory must not grow"
 	@echo "make bench  every hot path against what you would use instead, in one run (PART=learner: that part alone)"
+	@echo "make compare  the methods against each other on a real model, run by run (MINUTES=150: end by then; stop and go on at will)"
 
 demo: $(READY) $(MODEL)/config.json
 	$(BIN)/chord-expert import reasoning_gym --num-rows 1000 --config $(DEMO)
@@ -55,6 +56,9 @@ soak: $(READY)
 
 bench: $(VENV)/.bench $(MODEL)/config.json
 	$(BIN)/python -m tests.bench $(PART)
+
+compare: $(READY) $(MODEL)/config.json
+	$(BIN)/python -m tests.compare --minutes $(or $(MINUTES),0)
 
 # The peers that `make bench` compares with.
 $(VENV)/.bench: $(READY)
