@@ -118,8 +118,8 @@ class Site:
 
     @property
     def parcel(self) -> Path:
-        """The file that the courier reads."""
-        return self.folder / "parcel"
+        """The file that the courier reads, of the newest version."""
+        return self.folder / f"parcel-{self.step}"
 
     def join(self, name: str = "actor-0", *, engine: Any = None, config: Config | None = None) -> Fitter:
         welcome = Welcome(

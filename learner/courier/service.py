@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import zmq
+from safetensors import SafetensorError
 
 from common.keys.allowed import ServerKeys
 from common.weights.gloo import GlooSender
@@ -114,7 +115,7 @@ class Service:
             try:
                 self._parcel = Parcel(Path(offer.path), offer.version)
                 log.info("%s is ready to be handed over (%.2f s)", offer.version, time.monotonic() - started)
-            except OSError as error:  # the learner was faster: the next one is on its way
+            except (OSError, SafetensorError) as error:  # the learner was faster: the next one is on its way
                 log.warning("%s cannot be handed over: %s", offer.version, error)
         return bool(data)
 
