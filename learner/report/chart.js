@@ -48,6 +48,7 @@ function extentOf(values) {
 function rangeOf(values, fromZero) {
   let [low, high] = extentOf(values);
   if (fromZero || (low >= 0 && low < high / 2)) low = Math.min(low, 0);
+  if (low === 0 && high === 0) high = 1;
   if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
   const room = (high - low) * 0.05;
   return [low === 0 ? 0 : low - room, high + room];
@@ -105,7 +106,7 @@ class ChartView {
       image.append(svg("text", { x: LEFT - 5, y: this.y(tick) + 4, "text-anchor": "end" }, short(tick)));
     }
     for (const tick of ticksOf(left, right, 6)) {
-      if (this.chart.kind === "bars" && !Number.isInteger(tick)) continue;
+      if (this.xName !== "hours" && !Number.isInteger(tick)) continue;
       image.append(svg("text", { x: this.x(tick), y: HEIGHT - BOTTOM + 14, "text-anchor": "middle" }, short(tick)));
     }
     image.append(svg("text", { x: WIDTH - RIGHT, y: HEIGHT - 3, "text-anchor": "end" }, this.xName));

@@ -47,5 +47,5 @@ function short(number) {
   for (const [unit, suffix] of [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e4, " k"]]) {
     if (size >= unit) return `${Number((number / (unit === 1e4 ? 1e3 : unit)).toPrecision(3))}${suffix}`;
   }
-  return size !== 0 && size < 1e-3 ? number.toExponential(1) : String(Number(number.toPrecision(3)));
+  return size !== 0 && size < 1e-2 ? number.toExponential(1) : String(Number(number.toPrecision(3)));
 }

@@ -24,8 +24,8 @@ async function open(options) {
   const started = Date.now();
   await tab.goto(pathToFileURL(page).href);
   await tab.waitForFunction(() => document.documentElement.dataset.readyMs);
-  const page = Number(await tab.evaluate(() => document.documentElement.dataset.readyMs));
-  return [tab, { all: Date.now() - started, page }];
+  const drawn = Number(await tab.evaluate(() => document.documentElement.dataset.readyMs));
+  return [tab, { all: Date.now() - started, drawn }];
 }
 
 const texts = (tab, selector) => tab.locator(selector).allTextContents();
