@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto import wandb_internal_pb2
-from wandb.sdk.internal.datastore import DataStore
 
 from common.config.load import resolve_config
 from common.config.run import SinkName
@@ -82,22 +80,24 @@ def scalars(found: EventAccumulator, tag: str) -> list[tuple[int, float]]:
     return [(event.step, round(event.value, 4)) for event in found.Scalars(tag)]
 
 
-def wandb_rows(path: Path) -> list[dict[str, Any]]:
-    """The history of one W&B file."""
-    store, rows = DataStore(), list[dict[str, Any]]()
-    store.open_for_scan(str(path))
-    while data := store.scan_data():
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-            rows.append({key: json.loads(value) for key, value in items.items()})
-    store.close()
-    return rows
+def wandb_rows(folder: Path) -> list[dict[str, Any]]:
+    """The history of an offline folder, as W&B's own `wandb sync` sends it."""
+    with WandbService() as service:
+        run_wandb(service, "-m", "wandb", "sync", str(folder))
+        return service.rows
 
 
-def wandb_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+def run_wandb(service: WandbService, *arguments: str) -> None:
+    account = {"WANDB_MODE": "online", "WANDB_BASE_URL": service.url, "WANDB_API_KEY": "0" * 40}
+    done = subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **account}, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr + str(service.operations)
+
+
+def wandb_folders(folder: Path) -> list[Path]:
+    return sorted(folder.glob("wandb/offline-run-*"))
 
 
 def column(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
@@ -121,21 +121,36 @@ def test_steps_and_evaluations_stand_on_the_axis_of_steps(tmp_path: Path) -> Non
     recorded = read_lines(tmp_path / "metrics.jsonl")
     assert [event.wall_time for event in found.Scalars("train/loss")] == pytest.approx([r["time"] for r in recorded])
     assert not [tag for tag in found.Tags()["scalars"] if "actor-0" in tag or "reward_mean" in tag]
-    (file,) = wandb_files(tmp_path)
-    rows = wandb_rows(file)
+    (offline,) = wandb_folders(tmp_path)
+    rows = wandb_rows(offline)
     assert [step for step, _ in column(rows, "train/loss")] == [1, 2, 4]
     assert column(rows, "eval/sums/accuracy") == [(1, 0.25)]
     assert [row["_timestamp"] for row in rows if "train/loss" in row] == pytest.approx([r["time"] for r in recorded])
 
 
+CRASHED = """
+import os, sys
+from pathlib import Path
+from common.config.run import SinkName
+from tests.test_sinks import Start, events, scalars, wait_until
+
+folder = Path(sys.argv[1])
+start = Start(folder, *SinkName)
+for step in (1, 2, 3):
+    start.take(step)
+start.evaluate(2, 0.5)
+wait_until(lambda: "eval/sums/accuracy" in events(folder).Tags()["scalars"])
+wait_until(lambda: list(folder.glob("wandb/offline-run-*")))
+os.kill(os.getpid(), 9)
+"""
+
+
 def test_a_start_after_a_crash_shows_every_step_once_even_to_who_is_looking_on(tmp_path: Path) -> None:
-    crashed = Start(tmp_path, *SinkName)
-    for step in (1, 2, 3):
-        crashed.take(step)
-    crashed.evaluate(2, 0.5)
-    wait_until(lambda: [step for step, _ in scalars(events(tmp_path), "train/loss")] == [1, 2, 3])
+    done = subprocess.run([sys.executable, "-c", CRASHED, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    assert len(wandb_folders(tmp_path)) == 1
     looking_on = events(tmp_path)
-    crashed.ledger.close()  # and nothing else: the sinks never hear of an end
+    assert [step for step, _ in scalars(looking_on, "train/loss")] == [1, 2, 3]
     start = Start(tmp_path, *SinkName)
     start.take(4)
     start.end()
@@ -143,9 +158,10 @@ def test_a_start_after_a_crash_shows_every_step_once_even_to_who_is_looking_on(t
     for found in (looking_on, events(tmp_path)):
         assert [step for step, _ in scalars(found, "train/loss")] == [1, 2, 3, 4]
         assert scalars(found, "eval/sums/accuracy") == [(2, 0.5)]
-    (file,) = wandb_files(tmp_path)
-    assert [step for step, _ in column(wandb_rows(file), "train/loss")] == [1, 2, 3, 4]
-    assert column(wandb_rows(file), "eval/sums/accuracy") == [(2, 0.5)]
+    (offline,) = wandb_folders(tmp_path)
+    rows = wandb_rows(offline)
+    assert [step for step, _ in column(rows, "train/loss")] == [1, 2, 3, 4]
+    assert column(rows, "eval/sums/accuracy") == [(2, 0.5)]
 
 
 def test_a_rewind_is_forgotten_or_another_run_where_nothing_can_be_taken_back(tmp_path: Path) -> None:
@@ -160,8 +176,8 @@ def test_a_rewind_is_forgotten_or_another_run_where_nothing_can_be_taken_back(tm
     start.end()
     assert scalars(events(tmp_path), "train/loss") == [(1, 1.0), (2, 7.0)]
     assert "eval/sums/accuracy" not in events(tmp_path).Tags()["scalars"]
-    first, second = sorted(wandb_files(tmp_path), key=lambda path: len(path.name))
-    assert second.name == first.name.replace(".wandb", "-1.wandb")
+    first, second = sorted(wandb_folders(tmp_path), key=lambda path: len(path.name))
+    assert second.name.endswith(f"{first.name.rpartition('-')[2]}-1")
     assert column(wandb_rows(second), "train/loss") == [(1, 1.0), (2, 7.0)]
 
 
@@ -183,12 +199,7 @@ sink.close()
 def test_online_a_resumed_run_is_sent_only_what_the_service_lacks(tmp_path: Path) -> None:
     with WandbService() as service:
         for num_steps in (3, 6):
-            command = [sys.executable, "-c", ONLINE, str(tmp_path / "wandb"), str(num_steps)]
-            account = {"WANDB_MODE": "online", "WANDB_BASE_URL": service.url, "WANDB_API_KEY": "0" * 40}
-            done = subprocess.run(
-                command, env={**os.environ, **account}, capture_output=True, text=True, timeout=120, check=False
-            )
-            assert done.returncode == 0, done.stderr + str(service.operations)
+            run_wandb(service, "-c", ONLINE, str(tmp_path / "wandb"), str(num_steps))
     assert column(service.rows, "train/loss") == [(step, 1 / step) for step in range(1, 7)]
     assert column(service.rows, "eval/sums/accuracy") == [(1, 0.2), (3, 0.4), (5, 0.6)]
 
@@ -299,7 +310,7 @@ def test_a_whole_run_with_a_killed_learner_is_shown_once_by_both(tiny_model: Pat
     found = events(run.folder)
     assert scalars(found, "train/reward_mean") == [(line["step"], round(line["reward_mean"], 4)) for line in lines]
     assert sorted(step for step, _ in scalars(found, "eval/chain_sum/accuracy")) == evaluated == [0, 4, 8]
-    (file,) = wandb_files(run.folder)
-    rows = wandb_rows(file)
+    (offline,) = wandb_folders(run.folder)
+    rows = wandb_rows(offline)
     assert column(rows, "train/loss") == [(line["step"], line["loss"]) for line in lines]
     assert sorted(step for step, _ in column(rows, "eval/chain_sum/accuracy")) == evaluated
