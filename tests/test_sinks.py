@@ -155,6 +155,7 @@ def test_a_start_after_a_crash_shows_every_step_once_even_to_who_is_looking_on(t
     assert len(wandb_folders(tmp_path)) == 1
     looking_on = events(tmp_path)
     assert [step for step, _ in scalars(looking_on, "train/loss")] == [1, 2, 3]
+    time.sleep(1.1)  # TensorBoard tells older files from newer ones by the second in their names
     start = Start(tmp_path, *SinkName)
     start.take(4)
     start.end()
