@@ -35,6 +35,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SILENT", "DISABLE_GIT", "X_DISABLE_STATS"):
         monkeypatch.setenv(f"WANDB_{name}", "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # left by W&B in this process: a child would share its service
     monkeypatch.setattr("learner.sinks.feed.CLOSE_S", 120.0)  # a busy machine is no failure here
 
 
@@ -92,8 +93,9 @@ def wandb_rows(folder: Path) -> list[dict[str, Any]]:
 
 def run_wandb(service: WandbService, *arguments: str) -> None:
     account = {"WANDB_MODE": "online", "WANDB_BASE_URL": service.url, "WANDB_API_KEY": "0" * 40}
+    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     done = subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **account}, capture_output=True, text=True, timeout=120,
+        [sys.executable, *arguments], env=inherited | account, capture_output=True, text=True, timeout=120,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr + str(service.operations)
