@@ -87,12 +87,18 @@ def scalars(found: EventAccumulator, tag: str) -> list[tuple[int, float]]:
 def wandb_rows(folder: Path) -> list[dict[str, Any]]:
     """The history of an offline folder, as W&B's own `wandb sync` sends it."""
     with WandbService() as service:
-        run_wandb(service, "-m", "wandb", "sync", str(folder))
+        run_wandb(service, folder.parent.parent, "-m", "wandb", "sync", str(folder))
         return service.rows
 
 
-def run_wandb(service: WandbService, *arguments: str) -> None:
-    account = {"WANDB_MODE": "online", "WANDB_BASE_URL": service.url, "WANDB_API_KEY": "0" * 40}
+def run_wandb(service: WandbService, folder: Path, *arguments: str) -> None:
+    """`folder`: where W&B may leave logs."""
+    account = {
+        "WANDB_DIR": str(folder),
+        "WANDB_MODE": "online",
+        "WANDB_BASE_URL": service.url,
+        "WANDB_API_KEY": "0" * 40,
+    }
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     done = subprocess.run(
         [sys.executable, *arguments], env=inherited | account, capture_output=True, text=True, timeout=120,
@@ -206,7 +212,7 @@ sink.close()
 def test_online_a_resumed_run_is_sent_only_what_the_service_lacks(tmp_path: Path) -> None:
     with WandbService() as service:
         for num_steps in (3, 6):
-            run_wandb(service, "-c", ONLINE, str(tmp_path / "wandb"), str(num_steps))
+            run_wandb(service, tmp_path, "-c", ONLINE, str(tmp_path / "wandb"), str(num_steps))
     assert column(service.rows, "train/loss") == [(step, 1 / step) for step in range(1, 7)]
     assert column(service.rows, "eval/sums/accuracy") == [(1, 0.2), (3, 0.4), (5, 0.6)]
 
