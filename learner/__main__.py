@@ -63,8 +63,11 @@ def learner(
         print(rewind_run(resolved, RunDir(Path(resolved.run.dir)), rewind))
         return
     _check_paths(resolved, resume=resume)
-    if resolved.learner.num_ranks > 1 and "RANK" not in os.environ:
+    num_ranks, num_started = resolved.learner.num_ranks, int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks > 1 and num_started == 1:
         start_ranks(resolved.learner, node_index, sys.argv[1:])
+    if num_started != num_ranks:
+        raise OperatorError(f"learner.num_ranks: got {num_ranks}, expected {num_started}, as WORLD_SIZE has it")
     start_logging("learner")
     from learner.conductor import Conductor
 

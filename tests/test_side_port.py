@@ -146,8 +146,10 @@ def running(module: str, config: Path, port: int) -> Iterator[Component]:
     with log_path.open("wb") as log:
         command = [sys.executable, "-m", module, "--config", str(config)]
         with subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **QUIET}) as process:
-            yield Component(process, log_path, port)
-            process.kill()
+            try:
+                yield Component(process, log_path, port)
+            finally:
+                process.kill()
 
 
 def wait_until(is_reached: Callable[[], bool]) -> None:
