@@ -50,7 +50,7 @@ def test_a_run_is_taken_measured_and_kept_so_that_it_is_not_taken_again(tiny_mod
     assert result.retention.keys() == {"gcd"}
     assert result.entropy
     assert 0 < result.entropy < 6  # nats, of 320 tokens
-    assert "1 of 9 runs" in (tmp_path / "README.md").read_text()
+    assert "1 of 10 runs" in (tmp_path / "README.md").read_text()
     assert (tmp_path / FIGURE).exists()
     assert resolve_config(results / f"{sft.name}.toml").config.algorithm.preset == "sft"
     assert not list(scratch.rglob("*.safetensors")), "no weights are kept"
