@@ -11,19 +11,20 @@ from rich.console import Console
 
 from common.config.load import resolve_config
 from common.config.schema import Config
-from common.problems import ReasoningProblems
 from learner.schedule import mu_of
 from tests.compare.__main__ import Session, estimate
 from tests.compare.commands import CommandFailed
-from tests.compare.demonstrations import EXPERT_SEED, demonstrations
 from tests.compare.harness import Harness, kept_version, score_of
-from tests.compare.plan import METHODS, START, PlannedRun, fresh, make_plan, seed_of_test
+from tests.compare.plan import METHODS, START, PlannedRun, fresh, make_plan
 from tests.compare.results import Result, Score, load_results, write_result
 from tests.compare.scale import Scale
 from tests.compare.table import BEGIN, END, FIGURE
+from tests.compare.tables import NUM_PROMPTS, table, worked_solution, write_tables
 from tests.compare.task import TRAINED
+from tests.runs import read_lines
 
 SCALE = Scale()
+TABLES = ("prompts", "validation", "test")
 ACCURACY = {START: 0.1, "sft": 0.5, "grpo": 0.3, "sft_then_rl": 0.6, "dft": 0.4, "chord_mu": 0.65, "chord_phi": 0.55}
 
 
@@ -101,7 +102,7 @@ def test_methods_differ_in_nothing_but_what_they_are(finished: Path) -> None:
     own = {"preset", "sft_steps", "sft_ends_with", "mu_decay_steps", "mu_peak", "mu_valley", "expert_weighting"}
     seen = {
         json.dumps([
-            config.algorithm.model_dump(exclude=own), config.sampling.model_dump(), config.environment.model_dump(),
+            config.algorithm.model_dump(exclude=own), config.sampling.model_dump(), config.environment.name,
             config.actor.model_dump(mode="json"), config.eval.model_dump(mode="json"),
             config.learner.model_dump(exclude={"lr", "lr_after_sft", "groups_per_step"}),
         ])
@@ -248,18 +249,21 @@ def test_the_readme_of_this_repository_has_the_markers() -> None:
     assert readme.count(BEGIN) == readme.count(END) == 1
 
 
-def test_demonstrations_are_right_worked_out_and_share_no_question_with_tests() -> None:
-    rows = list(demonstrations(50))
-    first = rows[0]["messages"]
-    assert [turn["role"] for turn in first] == ["system", "user", "assistant"]
-    assert first[2]["content"].count("=") == 2
-    assert "####" in first[2]["content"]
-    asked = {row["messages"][1]["content"] for row in rows}
-    assert len(asked) == 50
-    problems = ReasoningProblems(seed=seed_of_test(0), **TRAINED.environment())
-    tested = {problem.question for problem, _ in zip(problems.distinct("held_out"), range(200), strict=False)}
-    assert not asked & tested
-    assert EXPERT_SEED not in SCALE.seeds
+def test_no_question_is_in_two_tables_and_demonstrations_are_worked_out(tmp_path: Path) -> None:
+    write_tables(tmp_path, 0, num_expert_rows=1000, num_validation=100, num_test=200)
+    rows = read_lines(tmp_path / "demonstrations.jsonl")
+    tables = {
+        "expert": [row["prompt"] for row in rows],
+        **{name: [row["question"] for row in read_lines(table(tmp_path, name, 0))] for name in TABLES},
+    }
+    assert {name: len(questions) for name, questions in tables.items()} == {
+        "expert": 1000, "prompts": NUM_PROMPTS, "validation": 100, "test": 200
+    }  # fmt: skip
+    everything = [question for questions in tables.values() for question in questions]
+    assert len(set(everything)) == len(everything)
+    assert SCALE.num_steps * SCALE.groups_per_step + 9 * SCALE.groups_per_step <= NUM_PROMPTS
+    assert all(row["response"].count("=") == 2 for row in rows)
+    assert worked_solution("3 - 5 + 4") == ("3 - 5 = -2\n-2 + 4 = 2\nThe answer is 2.", 2)
 
 
 def test_the_best_supervised_policy_is_the_one_that_a_handover_would_choose(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ def make_scale(model: Path, **sizes: object) -> Scale:
         model=model, engine="transformers", dtype="float32", num_threads=1, max_model_tokens=512, num_steps=2,
         groups_per_step=2, group_size=2, rows_per_step=2, num_expert_rows=8, eval_every_steps=1,
         num_validation_problems=2, num_test_problems=2, num_test_answers=2, num_retention_problems=2,
-        num_entropy_answers=2, families=(Family("gcd", max_tokens=4),), seeds=(0,), lags=(0, 2), lag_seeds=(0,),
+        num_entropy_answers=2, families=(Family("gcd", {"max_value": 20}, max_tokens=4),), seeds=(0,), lags=(0, 2),
+        lag_seeds=(0,),
         more_lag_seeds=(),
         rates=dict.fromkeys(METHODS, (1e-3,)),
     )  # fmt: skip
@@ -50,7 +51,7 @@ def test_a_run_is_taken_measured_and_kept_so_that_it_is_not_taken_again(tiny_mod
     assert result.retention.keys() == {"gcd"}
     assert result.entropy
     assert 0 < result.entropy < 6  # nats, of 320 tokens
-    assert "1 of 9 runs" in (tmp_path / "README.md").read_text()
+    assert "1 of 10 runs" in (tmp_path / "README.md").read_text()
     assert (tmp_path / FIGURE).exists()
     assert resolve_config(results / f"{sft.name}.toml").config.algorithm.preset == "sft"
     assert not list(scratch.rglob("*.safetensors")), "no weights are kept"

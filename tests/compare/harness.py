@@ -19,12 +19,12 @@ from typing import Any
 from common.config.load import to_toml
 from common.wire.ports import free_ports
 from tests.compare.commands import CommandFailed, last_line, require_success, run_command, started
-from tests.compare.demonstrations import task_hash, write_demonstrations
 from tests.compare.entropy import TOLD
 from tests.compare.plan import SUPERVISED, PlannedRun, Sections
 from tests.compare.results import Result, Score
 from tests.compare.scale import Scale
-from tests.compare.task import Family
+from tests.compare.tables import table, task_hash, write_family, write_tables
+from tests.compare.task import TEMPERATURE, TRAINED, Family
 from tests.runs import read_lines
 
 POLL_S = 1.0
@@ -53,8 +53,12 @@ class Harness:
 
     def take(self, run: PlannedRun) -> Result:
         """Raises CommandFailed, or KeyboardInterrupt once all that was started has ended."""
-        config = self.write_config(run)
+        config, scale = self.write_config(run), self.scale
         folder, started = self.run_folder(run), time.monotonic()
+        write_tables(
+            self.tables, run.seed, num_expert_rows=scale.num_expert_rows,
+            num_validation=scale.num_validation_problems, num_test=scale.num_test_problems,
+        )  # fmt: skip
         if run.is_trained:
             self._import_demonstrations(config)
             self._train(run, config)
@@ -76,23 +80,35 @@ class Harness:
         assert run.sections, f"{run.name}: taken before its learning rate was chosen"
         sections = {name: dict(keys) for name, keys in run.sections.items()}
         sections["run"]["dir"] = str(self.run_folder(run))
-        sections["expert"]["path"] = str(self._demonstrations.with_suffix(".sqlite"))
+        sections["expert"]["path"] = str(self.tables / "expert.sqlite")
+        sections["environment"]["options"] = self._options(run.seed, "validation", TRAINED)
         self.configs.mkdir(parents=True, exist_ok=True)
         path = self.configs / f"{run.name}.toml"
-        path.write_text(_recipe(run, path, self._demonstrations, self.scale.num_expert_rows) + _toml_document(sections))
+        path.write_text(_recipe(run, path, self.tables, self.scale) + _toml_document(sections))
         return path
 
     @property
-    def _demonstrations(self) -> Path:
-        """Other tasks, and other numbers of rows, have other files."""
-        return self.scratch / f"demonstrations-{task_hash(self.scale.num_expert_rows)}.jsonl"
+    def tables(self) -> Path:
+        """Of questions and demonstrations; other tasks, and other numbers of rows, have another folder."""
+        return self.scratch / f"tables-{task_hash(self.scale.num_expert_rows)}"
+
+    def _options(self, seed: int, held_out: str, family: Family) -> dict[str, str]:
+        """Of the environment: what is trained on is never held out."""
+        return {
+            "source": str(table(self.tables, "prompts", seed)),
+            "held_out_source": str(table(self.tables, held_out, seed)),
+            "prompt_template": "{question}",
+            "system_prompt": family.system_prompt,
+        }
 
     def _import_demonstrations(self, config: Path) -> None:
         """Rows that the store holds already are left out; one store serves all runs."""
         self.show("importing demonstrations")
-        rows = self._demonstrations
-        write_demonstrations(rows, self.scale.num_expert_rows)
-        self._run("learner.expert", "import", "jsonl", str(rows), "--config", str(config))
+        rows = self.tables / "demonstrations.jsonl"
+        self._run(
+            "learner.expert", "import", "jsonl", str(rows), "--config", str(config),
+            "--system-prompt", TRAINED.system_prompt,
+        )  # fmt: skip
 
     def _train(self, run: PlannedRun, config: Path) -> None:
         """chord-local, and beside it the actor that lags, where one is to."""
@@ -131,33 +147,33 @@ class Harness:
 
     def _measure(self, run: PlannedRun, config: Path, policy: Path) -> dict[str, Any]:
         """Test, retention and entropy, as fields of the result."""
-        folder, settings = self.run_folder(run), run.settings
-        assert settings
+        folder = self.run_folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         samples = folder / "test-samples.jsonl"
         self.show("testing")
-        seed = settings["test"]["seed"]
+        problems = table(self.tables, "test", run.seed)
         test = self._evaluate(
-            policy, samples, "--config", str(config), f"run.seed={seed}",
+            policy, samples, "--config", str(config), f"environment.options.held_out_source={problems}",
             f"eval.num_problems={self.scale.num_test_problems}",
-            f"eval.samples_per_problem={self.scale.num_test_answers}", "eval.temperature=1",
+            f"eval.samples_per_problem={self.scale.num_test_answers}", f"eval.temperature={TEMPERATURE}",
         )  # fmt: skip
         retention = {}
         for family in self.scale.families:
             self.show(f"retention: {family.name}")
-            retention[family.name] = self._evaluate(policy, folder / "retention.jsonl", *self._asked(family, seed))
+            retention[family.name] = self._evaluate(policy, folder / "retention.jsonl", *self._asked(family, run.seed))
         self.show("entropy")
         told = self._run(
-            "tests.compare.entropy", str(policy), str(samples), "--seed", str(seed),
+            "tests.compare.entropy", str(policy), str(samples), str(problems),
             "--num-answers", str(self.scale.num_entropy_answers),
         )  # fmt: skip
         return {"test": test, "retention": retention, "entropy": float(told.rpartition(TOLD)[2].split()[0])}
 
     def _asked(self, family: Family, seed: int) -> list[str]:
         """How an untrained family is evaluated; a handful of short answers needs no engine that starts for long."""
+        path = write_family(self.tables, family, seed, num=self.scale.num_retention_problems)
         return [
-            f"run.seed={seed}", f"environment.options={to_toml(family.environment())}",
-            f"sampling.max_tokens={family.max_tokens}", f"eval.num_problems={self.scale.num_retention_problems}",
+            "environment.name=math", f"environment.options={to_toml(self._options(seed, family.name, family))}",
+            f"sampling.max_tokens={family.max_tokens}", f"eval.num_problems={len(read_lines(path))}",
             "eval.engine=transformers", f"actor.num_threads={self.scale.num_threads}", "actor.max_model_tokens=512",
         ]  # fmt: skip
 
@@ -247,12 +263,14 @@ def _toml_document(sections: Sections) -> str:
     )
 
 
-def _recipe(run: PlannedRun, path: Path, rows: Path, num_rows: int) -> str:
+def _recipe(run: PlannedRun, path: Path, tables: Path, scale: Scale) -> str:
     """How to repeat the run by hand, as comments."""
     told = [
         f"{run.name}: a run of `make compare`, by hand:",
-        f"python -m tests.compare.demonstrations {rows} --num-rows {num_rows}",
-        f"chord-expert import jsonl {rows} --config {path}",
+        f"python -m tests.compare.tables {tables} {run.seed} {scale.num_expert_rows} "
+        f"{scale.num_validation_problems} {scale.num_test_problems}",
+        f"chord-expert import jsonl {tables / 'demonstrations.jsonl'} --config {path} "
+        f"--system-prompt '{TRAINED.system_prompt}'",
     ]
     if run.lag is None and run.is_trained:
         told.append(f"chord-local --fresh --config {path}")

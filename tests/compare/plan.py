@@ -13,13 +13,13 @@ the others are what the last step left.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from tests.compare.demonstrations import task_hash
 from tests.compare.results import Result
 from tests.compare.scale import BAR_LAG, Scale
-from tests.compare.task import TRAINED
+from tests.compare.tables import task_hash
+from tests.compare.task import TEMPERATURE, TRAINED
 
 METHODS = ("sft", "grpo", "sft_then_rl", "dft", "chord_mu", "chord_phi")
 SUPERVISED = ("sft", "dft")
@@ -121,12 +121,12 @@ def _middle_first(rates: Sequence[float]) -> list[float]:
 
 
 def _start(scale: Scale, seed: int) -> PlannedRun:
-    return PlannedRun("methods", START, seed, None, _base(scale, seed), settings=_settings(scale, seed))
+    return PlannedRun("methods", START, seed, None, _base(scale, seed), settings=_settings(scale))
 
 
 def method_run(scale: Scale, method: str, seed: int, lr: float | None, *, sft_lr: float | None) -> PlannedRun:
     """A run of the comparison of methods; without a configuration where a rate is missing."""
-    run = PlannedRun("methods", method, seed, lr, None, settings=_settings(scale, seed))
+    run = PlannedRun("methods", method, seed, lr, None, settings=_settings(scale))
     if lr is None or (method == "sft_then_rl" and sft_lr is None):
         return run
     sections = _base(scale, seed)
@@ -140,7 +140,7 @@ def method_run(scale: Scale, method: str, seed: int, lr: float | None, *, sft_lr
         sections["expert"]["rows_per_step"] *= 2
     if method == "chord_mu":  # the paper's schedule for tools falls over the first fifth of the run
         sections["algorithm"]["mu_decay_steps"] = scale.num_steps // 5
-    return PlannedRun("methods", method, seed, lr, sections, settings=_settings(scale, seed))
+    return PlannedRun("methods", method, seed, lr, sections, settings=_settings(scale))
 
 
 def _staleness(scale: Scale, lr: float | None) -> Iterator[PlannedRun]:
@@ -154,7 +154,7 @@ def _staleness(scale: Scale, lr: float | None) -> Iterator[PlannedRun]:
 
 def lagged_run(scale: Scale, seed: int, lag: int, correction: str, lr: float | None) -> PlannedRun:
     """A run whose actor serves weights that are `lag` optimizer steps old."""
-    label, settings = f"{correction} lag {lag}", _settings(scale, seed)
+    label, settings = f"{correction} lag {lag}", _settings(scale)
     if lr is None:
         return PlannedRun("staleness", label, seed, None, None, lag, settings)
     sections = _base(scale, seed)
@@ -171,8 +171,10 @@ def _base(scale: Scale, seed: int) -> Sections:
     return {
         "run": {"seed": seed, "num_actors": 1},
         "model": {"path": str(scale.model)},
-        "environment": {"name": "reasoning_gym", "options": TRAINED.environment()},
-        "sampling": {"max_tokens": TRAINED.max_tokens},
+        "environment": {
+            "name": "math", "options": {"prompt_template": "{question}", "system_prompt": TRAINED.system_prompt}
+        },
+        "sampling": {"max_tokens": TRAINED.max_tokens, "temperature": TEMPERATURE},
         "algorithm": {"group_size": scale.group_size},
         "actor": {
             "engine": scale.engine, "dtype": scale.dtype, "max_model_tokens": scale.max_model_tokens,
@@ -190,19 +192,14 @@ def _base(scale: Scale, seed: int) -> Sections:
     }  # fmt: skip
 
 
-def _settings(scale: Scale, seed: int) -> dict[str, Any]:
+def _settings(scale: Scale) -> dict[str, Any]:
     """What a result depends on beside the run's configuration."""
     return {
         "demonstrations": task_hash(scale.num_expert_rows),
-        "test": {"seed": seed_of_test(seed), "num_problems": scale.num_test_problems, "k": scale.num_test_answers},
+        "test": {"num_problems": scale.num_test_problems, "k": scale.num_test_answers, "temperature": TEMPERATURE},
         "retention": {
             "num_problems": scale.num_retention_problems,
-            "families": [[family.name, family.options, family.max_tokens] for family in scale.families],
+            "families": [asdict(family) for family in scale.families],
         },
         "num_entropy_answers": scale.num_entropy_answers,
     }
-
-
-def seed_of_test(seed: int) -> int:
-    """Of the test problems: others than those of validation, the same for all methods of a seed."""
-    return 1000 + seed

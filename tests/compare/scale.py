@@ -32,7 +32,7 @@ class Scale:
     """Of the run's own evaluations, greedy: curves, choice of learning rate, choice of checkpoint."""
     num_test_problems: int = 200
     num_test_answers: int = 4
-    """k of avg@k at temperature 1, as the policy is trained."""
+    """k of avg@k, at the temperature of the rollouts."""
     num_retention_problems: int = 100
     """Of each family, greedy."""
     num_entropy_answers: int = 64

@@ -1,12 +1,13 @@
-"""The task of the comparison: sums of three numbers worked out step by step, and families that nobody trains on."""
+"""The task of the comparison: sums of three numbers, which the expert works out; and what nobody trains on.
+
+The untrained model, which has 135 million parameters, answers in sentences whatever it is asked for. So all questions
+are reasoning_gym's own, but the environment `math` reads the answers: "The answer is 7." is one.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-SYSTEM_PROMPT = (
-    "Work from left to right, one operation a line. Then write #### and the final answer.\n"
-    "Example: 3 - 5 + 4 =\n3 - 5 = -2\n-2 + 4 = 2\n#### 2"
-)
+FORM = 'Answer in the form "The answer is {}."'
 
 
 @dataclass(frozen=True)
@@ -14,24 +15,24 @@ class Family:
     """A family of reasoning_gym and how it is asked."""
 
     name: str
-    options: dict[str, Any] = field(default_factory=dict[str, Any])
-    """The family's own parameters, and `system_prompt`."""
-    max_tokens: int = 12
+    parameters: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The family's own."""
+    example: str = "7"
+    """Stands for an answer in the system prompt."""
+    max_tokens: int = 16
 
-    def environment(self) -> dict[str, Any]:
-        """As the options of the environment reasoning_gym."""
-        return {"family": self.name, **self.options}
+    @property
+    def system_prompt(self) -> str:
+        return FORM.format(self.example)
 
 
-TRAINED = Family(
-    "chain_sum",
-    {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2, "system_prompt": SYSTEM_PROMPT},
-    max_tokens=40,
-)
+TRAINED = Family("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}, max_tokens=40)
 UNTRAINED = (
-    Family("syllogism"),
-    Family("family_relationships"),
-    Family("gcd"),
-    Family("isomorphic_strings"),
+    Family("products", {"min_digits": 1, "max_digits": 1}),
+    Family("gcd", {"max_value": 20}),
+    Family("syllogism", example="Yes"),
+    Family("isomorphic_strings", example="True"),
 )
 """Families of other kinds, by which it is measured what training costs elsewhere."""
+TEMPERATURE = 0.6
+"""Of rollouts and tests. At 1 the untrained model's answers are noise: one in a hundred is right, and signal is rare."""
