@@ -35,4 +35,4 @@ UNTRAINED = (
 )
 """Families of other kinds, by which it is measured what training costs elsewhere."""
 TEMPERATURE = 0.6
-"""Of rollouts and tests. At 1 the untrained model's answers are noise: one in a hundred is right, and signal is rare."""
+"""Of rollouts and tests. At 1 one answer in a hundred of the untrained model's is right: hardly a signal."""
