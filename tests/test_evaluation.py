@@ -28,6 +28,7 @@ from common.config.schema import Actor
 from common.errors import ConfigError, OperatorError
 from common.local.progress import Progress as Shown
 from common.local.progress import describe_evaluation, describe_summary
+from common.local.record import EvaluationLine
 from common.problems import Split
 from common.run_dir import RunDir
 from common.version import Version
@@ -220,14 +221,14 @@ def test_each_task_of_a_version_is_shown_once(tmp_path: Path) -> None:
     shown = Shown(run_dir)
     lines = [json.dumps(line) + "\n" for line in (line_of("sums", 0), line_of("amc", 0, k=8))]
     run_dir.evaluations.write_text("".join(lines))
-    assert shown.read() == [
+    assert shown.read_news() == [
         "accuracy of version 0 on sums: 0.250 [0.000, 0.750] (1 of 4 problems, 3 s)",
         "accuracy of version 0 on amc: 0.250 [0.000, 0.750] (8 of 32 answers to 4 problems, 3 s)",
     ]
     run_dir.evaluations.write_text(lines[0])  # a restarted learner writes it anew
-    assert shown.read() == []
+    assert shown.read_news() == []
     run_dir.evaluations.write_text("".join([*lines, json.dumps(line_of("sums", 2)) + "\n"]))
-    assert shown.read() == [describe_evaluation(line_of("sums", 2))]
+    assert shown.read_news() == [describe_evaluation(EvaluationLine.model_validate(line_of("sums", 2)))]
 
 
 def test_the_summary_sentence_tells_of_every_task_that_was_measured_at_both_ends() -> None:

@@ -16,7 +16,7 @@ from common.errors import OperatorError
 from common.keys.allowed import ServerKeys
 from common.keys.folder import KeyFolder, KeyPair, PeerKeys, peer_keys
 from common.version import Version
-from common.weights import server as weight_server
+from common.weights import chunk_server
 from common.weights.client import WeightClient
 from common.weights.server import WeightServer
 from common.wire.codec import encode
@@ -368,8 +368,8 @@ def test_a_subscriber_that_asks_for_anything_special_is_shown_out(weights: Weigh
 def test_who_asks_for_chunks_and_does_not_take_them_holds_up_nobody_for_long(
     weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_server, "MAX_UNSENT_BYTES", 4 * CHUNK_BYTES)
-    monkeypatch.setattr(weight_server, "STALL_S", 0.3)
+    monkeypatch.setattr(chunk_server, "MAX_UNSENT_BYTES", 4 * CHUNK_BYTES)
+    monkeypatch.setattr(chunk_server, "STALL_S", 0.3)
     snapshot = snapshot_of(write_bytes(tmp_path / "weights", 0), step=5)
     weights.server.publish(snapshot, pin=False)
     greedy = weights.context.socket(zmq.DEALER)

@@ -14,12 +14,14 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from actors.engines.vllm_transfer import TransferEnd, TransferOrder, make_receiver
 from common.weights.policy import tensors_of_policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from actors.engines.vllm_transfer import TransferEnd, TransferOrder
 
 BACKEND = "chord"
 
@@ -32,6 +34,8 @@ def register() -> None:
         WeightTransferUpdateInfo,
     )
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    from actors.engines.vllm_transfer import TransferEnd, TransferOrder, make_receiver
 
     @dataclass
     class Nothing(WeightTransferInitInfo):
@@ -89,17 +93,17 @@ def load_snapshot(model: Any, model_config: Any, path: Path) -> None:
         load_tensors(model, model_config, tensors_of_policy(path, Path(model_config.model)))
 
 
-def receive_version(model: Any, model_config: Any, end: TransferEnd, order: TransferOrder) -> None:
+def receive_version(model: Any, model_config: Any, end: "TransferEnd", order: "TransferOrder") -> None:
     """Raises where any of it is wrong or late; then the model is half loaded."""
 
-    def load(tensors: Sequence[tuple[str, Tensor]]) -> None:
+    def load(tensors: "Sequence[tuple[str, Tensor]]") -> None:
         load_tensors(model, model_config, tensors)
 
     with reloading(model, model_config):
         end.receive(order, load)
 
 
-def load_tensors(model: Any, model_config: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def load_tensors(model: Any, model_config: Any, tensors: "Iterable[tuple[str, Tensor]]") -> None:
     model.load_weights((name, tensor.to(model_config.dtype)) for name, tensor in tensors)
 
 

@@ -6,11 +6,12 @@ group's members must know of it, its invitation, travels over ZeroMQ, as does ev
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Load = Callable[[Sequence[tuple[str, Tensor]]], None]
+Load: TypeAlias = "Callable[[Sequence[tuple[str, Tensor]]], None]"
 """Takes some of the tensors; their memory is used again afterwards."""
 
 
@@ -35,7 +36,7 @@ class Sender(Protocol):
         """Return once all have joined."""
         ...
 
-    def send(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def send(self, tensors: "Iterable[tuple[str, Tensor]]") -> None:
         """Return once they have been sent."""
         ...
 
