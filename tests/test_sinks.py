@@ -54,7 +54,7 @@ class Start:
         self.recorder.add_step(
             {
                 "step": step, "loss": 1.0 / step, "reward_mean": None, "num_groups": 0, "num_policy_tokens": 0.0,
-                "num_expert_tokens": 8.0, "num_expert_rows": 2,
+                "num_expert_tokens": 8.0, "num_expert_rows": 2, "step_s": 1.0,
                 "wait_s": 0.0, "train_s": 1.0, "publish_s": 0.0, "staleness_histogram": {},
                 "groups_by_actor": {"actor-0": 3},
             } | values
