@@ -125,7 +125,7 @@ def test_every_method_has_as_many_tries_and_validation_chooses(finished: Path) -
     runs = make_plan(SCALE, results)
     for method in METHODS:
         tried = [run.lr for run in runs if (run.label, run.seed) == (method, 0)]
-        assert sorted(tried) == sorted(SCALE.rates[method])  # type: ignore[type-var]
+        assert sorted(tried) == sorted(SCALE.rates[method])
         assert {run.lr for run in runs if run.label == method and run.seed > 0} == {sorted(SCALE.rates[method])[1]}
 
 

@@ -32,7 +32,7 @@ def make_scale(model: Path, **sizes: object) -> Scale:
         more_lag_seeds=(),
         rates=dict.fromkeys(METHODS, (1e-3,)),
     )  # fmt: skip
-    return replace(small, **sizes)  # type: ignore[arg-type]
+    return replace(small, **sizes)
 
 
 def test_a_run_is_taken_measured_and_kept_so_that_it_is_not_taken_again(tiny_model: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def give(lagging: LaggingEngine, folder: Path, step: int) -> None:
 
 def test_weights_are_served_when_newer_ones_have_come_and_not_before(tmp_path: Path) -> None:
     served = Served()
-    lagging = LaggingEngine(served, lag=2)  # type: ignore[arg-type]
+    lagging = LaggingEngine(served, lag=2)
     for step in (0, 1, 2, 3, 4):
         give(lagging, tmp_path, step)
     assert served.steps == [0, 1, 2]
@@ -124,7 +124,7 @@ def test_weights_are_served_when_newer_ones_have_come_and_not_before(tmp_path: P
 def test_a_version_that_was_never_fetched_is_made_up_for_by_the_next(tmp_path: Path) -> None:
     """Serving an older one would leave the actor without leases for ever."""
     served = Served()
-    lagging = LaggingEngine(served, lag=1)  # type: ignore[arg-type]
+    lagging = LaggingEngine(served, lag=1)
     for step in (0, 2, 3):
         give(lagging, tmp_path, step)
     assert served.steps == [0, 2]

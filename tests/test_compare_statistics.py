@@ -46,7 +46,7 @@ def test_one_seed_has_no_interval_and_lies_within_nothing() -> None:
 def test_nine_in_ten_intervals_of_three_seeds_hold_the_truth() -> None:
     numbers = np.random.default_rng(0).normal(0.4, 0.1, (4000, 3))
     found = [over_seeds(row.tolist()) for row in numbers]
-    share = np.mean([interval.low <= 0.4 <= interval.high for interval in found])  # type: ignore[operator]
+    share = np.mean([interval.low <= 0.4 <= interval.high for interval in found])
     assert share == pytest.approx(CONFIDENCE, abs=0.015)
 
 

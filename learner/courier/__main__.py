@@ -14,7 +14,8 @@ def courier() -> None:
     from learner.courier.service import Service
     from learner.courier.settings import CourierSettings
 
-    settings = CourierSettings.model_validate_json(sys.stdin.buffer.raw.readline())  # type: ignore[attr-defined]
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as orders:  # what comes later is the service's
+        settings = CourierSettings.model_validate_json(orders.readline())
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     service = Service(settings, sys.stdin.fileno())

@@ -65,7 +65,7 @@ class LaggingFitter(actors.fitter.Fitter):
     lag = 0
 
     def __init__(self, engine: Engine, *arguments: Any, **options: Any) -> None:
-        super().__init__(LaggingEngine(engine, self.lag), *arguments, **options)  # type: ignore[arg-type]
+        super().__init__(LaggingEngine(engine, self.lag), *arguments, **options)
 
 
 @app.command()

@@ -88,10 +88,8 @@ def make_plan(scale: Scale, results: Mapping[str, Result]) -> list[PlannedRun]:
 
 def chosen_rate(tried: list[PlannedRun], results: Mapping[str, Result]) -> float | None:
     """That of the best validation accuracy, the smaller of equals; None until all have been tried."""
-    found = {run.lr: fresh(run, results) for run in tried}
-    if not all(found.values()):
-        return None
-    return max(sorted(found), key=lambda lr: found[lr].validation_accuracy)  # type: ignore[union-attr, type-var]
+    best = best_so_far(tried, results)
+    return best.lr if best and all(fresh(run, results) for run in tried) else None
 
 
 def best_so_far(runs: list[PlannedRun], results: Mapping[str, Result]) -> Result | None:
