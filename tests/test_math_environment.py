@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from actors.environment import Judgement, Turn, make_environment
-from actors.environments.answers import boxed_answer, gold_answer, is_same, stated_answer
+from actors.environments.answers import boxed_answer, gold_answer, is_same, last_number, stated_answer
 from actors.environments.comparer import LIMIT_S, Comparer
 from actors.environments.comparison import Verdict
 from actors.environments.math import Math, MathProblems, MathTask
@@ -104,6 +104,37 @@ def test_the_last_whole_box_is_found(text: str, answer: str | None) -> None:
 )
 def test_the_last_stated_answer_is_found(text: str, answer: str | None) -> None:
     assert stated_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3 plus 5 gives 8.", "8"),
+        ("7-5", "5"),
+        ("so x = -5", "-5"),
+        ("so x = −5, as was asked", "-5"),
+        ("+4", "4"),
+        ("1,234 or 1,2", "2"),
+        ("it costs $1,234.50.", "1,234.50"),
+        ("the 10th of 3 in v2", "3"),
+        ("see 1.2.3", None),
+        ("none", None),
+    ],
+)
+def test_the_last_number_is_found(text: str, number: str | None) -> None:
+    assert last_number(text) == number
+
+
+def test_the_last_number_counts_only_where_it_is_asked_for_and_nothing_is_stated() -> None:
+    task = MathTask("?", "8")
+    usual, lenient = (
+        MathProblems(train=[], held_out=[task], extraction=extraction) for extraction in ("stated", "last_number")
+    )
+    sentence = "3 plus 5 gives 8"
+    assert usual.judge(task, sentence, is_truncated=False) == Judgement(0.0, is_parsed=False)
+    assert lenient.judge(task, sentence, is_truncated=False) == Judgement(1.0)
+    assert lenient.judge(task, "The answer is 7. Not 8", is_truncated=False) == Judgement(0.0)
+    assert lenient.judge(task, "no idea", is_truncated=False) == Judgement(0.0, is_parsed=False)
 
 
 @pytest.mark.parametrize(
@@ -421,6 +452,7 @@ def test_a_row_that_is_no_question_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("options", "mistake"),
     [
+        ({"extraction": "any"}, 'environment.options.extraction: got "any", expected "stated" or "last_number"'),
         ({"reward": "ternary"}, 'environment.options.reward: got "ternary", expected "binary" or "four_level"'),
         ({"prompt_template": "Q: {}"}, 'prompt_template: got "Q: {}", expected text with {question} where'),
         ({"num_train_problems": 0}, "environment.options.num_train_problems: got 0, expected a whole number"),

@@ -15,6 +15,7 @@ _SPACED_SIGN = re.compile(r"\s*([^\w\s])\s*")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _INTEGER = re.compile(r"[+-]?\d{1,50}")
 _DECIMAL = re.compile(r"[+-]?\d{0,50}\.\d{1,50}")
+_NUMBER = re.compile(r"(?<![\w.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,50})(?:\.\d{1,50})?(?!\w|\.\d)")
 _FRACTION = re.compile(r"([+-]?)(?:\\frac\{(\d{1,50})\}\{(\d{1,50})\}|(\d{1,50})/(\d{1,50}))")
 
 
@@ -34,6 +35,12 @@ def stated_answer(text: str) -> str | None:
         if any(character.isalnum() for character in phrase) and len(phrase) <= MAX_ANSWER_CHARS:
             return phrase
     return None
+
+
+def last_number(text: str) -> str | None:
+    """The last number in decimal digits, with its sign; "7-5" ends in 5."""
+    numbers = _NUMBER.findall(text.replace("−", "-"))
+    return numbers[-1].lstrip("+") if numbers else None
 
 
 def gold_answer(text: str) -> str | None:

@@ -1,16 +1,18 @@
 r"""The environment `math`: questions with a final answer, judged by math-verify on \boxed{…} or a stated answer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
 from actors.environment import Judgement
-from actors.environments.answers import boxed_answer, gold_answer, is_same, stated_answer
+from actors.environments.answers import boxed_answer, gold_answer, is_same, last_number, stated_answer
 from actors.environments.comparer import COMPARER
 from actors.environments.comparison import Verdict
 from actors.environments.questions import Questions, columns_named, read_questions
 from actors.environments.rewards import Reward, reward_of
-from common.errors import OperatorError
+from common.errors import ConfigError, OperatorError
 from common.tables import TEXT, TEXT_OR_NUMBER, TableRow, clip, take
 
 QUESTION_COLUMNS = ("question", "problem", "prompt", "Question", "Problem")
@@ -34,14 +36,38 @@ class MathTask:
         return self.question
 
 
+class Extraction(StrEnum):
+    """Where a final answer is looked for."""
+
+    STATED = "stated"
+    r"""In the last \boxed{…}, else where one is stated: "the answer is …", "#### …"."""
+    LAST_NUMBER = "last_number"
+    """There, else the last number of the text: for models that answer in free sentences."""
+
+
 class MathProblems(Questions[MathTask]):
     r"""Mathematics with given tasks. An answer is well formed that has a \boxed{…}."""
 
     usual_template = PROMPT_TEMPLATE
 
+    def __init__(
+        self,
+        *,
+        train: Sequence[MathTask],
+        held_out: Sequence[MathTask],
+        extraction: str = Extraction.STATED,
+        **options: Any,
+    ) -> None:
+        """`options`: as `Questions` takes them. Raises ConfigError where there is no such extraction."""
+        super().__init__(train=train, held_out=held_out, **options)
+        if extraction not in list(Extraction):
+            expected = " or ".join(f'"{known}"' for known in Extraction)
+            raise ConfigError([f'environment.options.extraction: got "{extraction}", expected {expected}'])
+        self._extraction = Extraction(extraction)
+
     def judge(self, task: MathTask, text: str, *, is_truncated: bool) -> Judgement:
         boxed = boxed_answer(text)
-        stated = stated_answer(text) if boxed is None else None
+        stated = self._stated(text) if boxed is None else None
         verdict = _verdict(task.answer, boxed, stated)
         reward = reward_of(
             self._reward,
@@ -51,6 +77,10 @@ class MathProblems(Questions[MathTask]):
             is_truncated=is_truncated,
         )
         return Judgement(reward, is_parsed=verdict is not Verdict.UNREADABLE)
+
+    def _stated(self, text: str) -> str | None:
+        found = stated_answer(text)
+        return last_number(text) if found is None and self._extraction is Extraction.LAST_NUMBER else found
 
 
 class Math(MathProblems):
@@ -66,6 +96,7 @@ class Math(MathProblems):
         prompt_template: str | None = None,
         system_prompt: str = "",
         reward: str = Reward.BINARY,
+        extraction: str = Extraction.STATED,
         **tables: Any,
     ) -> None:
         """`tables`: as `read_questions` takes them."""
@@ -80,6 +111,7 @@ class Math(MathProblems):
             prompt_template=prompt_template,
             system_prompt=system_prompt,
             reward=reward,
+            extraction=extraction,
         )
 
 
