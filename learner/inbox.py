@@ -268,11 +268,10 @@ class Inbox:
             return self._refuse_group(peer, arrays)
         peer.num_refused_groups = 0
         peer.failed_groups.clear()
-        versions = arrays.sampled_versions
         sample = Sample(
-            min_version=int(versions.min()),
+            min_version=arrays.min_version,
             num_trajectories=len(header.trajectories),
-            num_answer_tokens=len(versions),
+            num_answer_tokens=arrays.num_sampled,
             reward_sum=arrays.reward_sum,
             sampling_s=header.sampling_s,
         )

@@ -282,7 +282,7 @@ def test_garbage_costs_the_sender_its_connection_and_stops_nobody(
     peer = meet(learner)
     assert isinstance(peer.join(), Welcome)
     (lease,) = peer.work(capacity=1)
-    deep = b"\x82\xa8protocol" + b"\x91" * 1000 + b"\xc0\xa4kind\xa1x"
+    deep = b"\x82\xa8protocol" + bytes([PROTOCOL]) + b"\xa4kind" + b"\x91" * 1000 + b"\xc0"
     garbage = [[b""], [b"\xff" * 500], [deep], [b"x"] * 30, [b"\xdf\xff\xff\xff\xff"], [bytes(MAX_BYTES), b"x"]]
     for number, frames in enumerate(garbage):
         vandal = meet(learner, "vandal", number)

@@ -387,7 +387,7 @@ def test_what_is_no_ledger_of_ours_is_refused(open_ledger: Callable[..., Ledger]
     path.unlink()
     ledger = open_ledger()
     ledger._db.execute("UPDATE facts SET value = '0' WHERE name = 'schema'")
-    with pytest.raises(OperatorError, match=r"got ledger schema 0, expected 5"):
+    with pytest.raises(OperatorError, match=r"got ledger schema 0, expected 6"):
         open_ledger()
 
 

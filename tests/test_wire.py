@@ -18,7 +18,6 @@ from common.version import Version
 from common.wire.codec import (
     MAX_FRAMES,
     MAX_HEADER_BYTES,
-    MAX_NESTING,
     Buffer,
     Envelope,
     ProtocolMismatch,
@@ -249,7 +248,7 @@ def test_sizes_and_numbers_of_frames_are_bounded() -> None:
     assert f"header: got {MAX_HEADER_BYTES + 1} bytes" in refusal([b"\xc0" * (MAX_HEADER_BYTES + 1)])
 
 
-@pytest.mark.parametrize("depth", [MAX_NESTING, 100, 900, 1000, 1023, 1 << 19])
+@pytest.mark.parametrize("depth", [6, 100, 900, 1000, 1023, 1 << 19])
 @pytest.mark.parametrize("opening", [b"\x91", b"\x81\xa1x"])
 @pytest.mark.parametrize("key", ["protocol", "kind", "peer_id", "extra"])
 def test_deep_nesting_is_refused_wherever_it_stands(key: str, opening: bytes, depth: int) -> None:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,35 @@ class GroupArrays:
     mask: NDArray[np.float32]
     versions: NDArray[np.int32]
 
+    @cached_property
+    def version_runs(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Versions, of which there are few, told by runs: the version of each, and its tokens."""
+        versions = self.versions
+        last = np.flatnonzero(versions[1:] != versions[:-1])
+        bounds = np.empty(len(last) + 2, "<i4")
+        bounds[0], bounds[1:-1], bounds[-1] = 0, last + 1, len(versions)
+        return versions[bounds[:-1]], bounds[1:] - bounds[:-1]
+
+    @cached_property
+    def is_mask_plain(self) -> bool:
+        """Whether it is 1 wherever a policy sampled and 0 elsewhere."""
+        return self.mask.tobytes() == _plain_mask(self.versions).tobytes()
+
     @property
-    def sampled_versions(self) -> NDArray[np.int32]:
-        """Policy version of each sampled token."""
-        return self.versions[self.versions != NOT_SAMPLED]
+    def min_version(self) -> int:
+        """The oldest that sampled a token."""
+        return min(version for version in self.version_runs[0].tolist() if version != NOT_SAMPLED)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that a policy sampled."""
+        firsts, runs = self.version_runs
+        return int(runs[firsts != NOT_SAMPLED].sum())
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Where each trajectory ends in the arrays."""
+        return list(accumulate(row.num_tokens for row in self.header.trajectories))
 
     @property
     def reward_sum(self) -> float:
@@ -68,13 +94,12 @@ class GroupArrays:
 
     def group(self) -> TrajectoryGroup:
         """The carrier, views on the frames as well."""
-        ends = list(accumulate(row.num_tokens for row in self.header.trajectories))
         trajectories = tuple(
             Trajectory(
                 self.tokens[start:end], self.logprobs[start:end], self.mask[start:end], self.versions[start:end],
                 row.reward, row.is_truncated,
             )
-            for start, end, row in zip([0, *ends], ends, self.header.trajectories, strict=False)
+            for start, end, row in zip([0, *self.ends], self.ends, self.header.trajectories, strict=False)
         )  # fmt: skip
         return TrajectoryGroup(
             self.header.lease_id, self.header.num_prompt_tokens, trajectories, self.header.sampling_s
@@ -101,12 +126,8 @@ def to_blob(header: Buffer, arrays: GroupArrays) -> bytes:
 
     A mask that is 1 wherever a policy sampled is left out, and versions, of which there are few, are told by runs.
     """
-    versions = arrays.versions
-    bounds = np.concatenate([[0], np.flatnonzero(versions[1:] != versions[:-1]) + 1, [len(versions)]]).astype("<i4")
-    firsts, runs = versions[bounds[:-1]], bounds[1:] - bounds[:-1]
-    mask = arrays.mask.tobytes()
-    if mask == _plain_mask(versions).tobytes():
-        mask = b""
+    firsts, runs = arrays.version_runs
+    mask = b"" if arrays.is_mask_plain else arrays.mask.tobytes()
     return pack([header, arrays.tokens.tobytes(), arrays.logprobs.tobytes(), mask, firsts.tobytes(), runs.tobytes()])
 
 
@@ -142,27 +163,31 @@ def view_arrays(header: GroupHeader, frames: Sequence[Buffer]) -> GroupArrays:
 
 def _check_values(arrays: GroupArrays, limits: GroupLimits) -> None:
     """Of all trajectories at once, since a look at each costs ten times as much; NaN fails every comparison."""
-    tokens, logprobs, mask, versions = arrays.tokens, arrays.logprobs, arrays.mask, arrays.versions
-    if not (tokens.min() >= 0 and tokens.max() < limits.vocab_size):
+    tokens, logprobs, mask = arrays.tokens, arrays.logprobs, arrays.mask
+    if tokens.view("<u4").max() >= limits.vocab_size:  # so seen, a negative id is a large one
         raise WireError(
             f"trajectory.tokens: got ids {tokens.min()} to {tokens.max()}, expected 0 to {limits.vocab_size - 1}"
         )
     if not (logprobs.min() > -math.inf and logprobs.max() <= MAX_LOGPROB):
         raise WireError("trajectory.logprobs: got a value that is no log-prob, expected finite values of at most 0")
-    if not (mask.min() >= 0 and mask.max() < math.inf):
-        raise WireError("trajectory.mask: got a negative or non-finite weight, expected finite values of at least 0")
-    if mask[versions == NOT_SAMPLED].any():
-        raise WireError("trajectory.mask: got loss on tokens that no policy sampled, expected 0 there")
-    if not (versions.min() >= NOT_SAMPLED and versions.max() <= limits.max_version):
-        raise WireError(f"trajectory.versions: got up to {versions.max()}, expected 0 to {limits.max_version}")
+    if not arrays.is_mask_plain:
+        if not (mask.min() >= 0 and mask.max() < math.inf):
+            raise WireError("trajectory.mask: got a negative or non-finite weight, expected finite values from 0 on")
+        if mask[arrays.versions == NOT_SAMPLED].any():
+            raise WireError("trajectory.mask: got loss on tokens that no policy sampled, expected 0 there")
+    versions = arrays.version_runs[0].tolist()
+    if not (min(versions) >= NOT_SAMPLED and max(versions) <= limits.max_version):
+        raise WireError(f"trajectory.versions: got up to {max(versions)}, expected 0 to {limits.max_version}")
 
 
 def _check_prompts(arrays: GroupArrays) -> None:
     """One prompt, which no policy sampled, and an answer to it in every trajectory."""
-    starts = np.array([0, *accumulate(row.num_tokens for row in arrays.header.trajectories[:-1])])
-    places = starts[:, None] + np.arange(arrays.header.num_prompt_tokens)
-    if arrays.versions[places].max() > NOT_SAMPLED or np.maximum.reduceat(arrays.versions, starts).min() == NOT_SAMPLED:
-        raise WireError("trajectory.versions: got sampled tokens in the prompt or none at all, expected them after it")
-    prompts = arrays.tokens[places]
-    if (prompts != prompts[0]).any():
-        raise WireError("group: the prompts of its trajectories differ, expected one prompt")
+    size = arrays.header.num_prompt_tokens
+    tokens, is_sampled = arrays.tokens.tobytes(), (arrays.versions != NOT_SAMPLED).tobytes()
+    for start, end in pairwise([0, *arrays.ends]):
+        if is_sampled.find(1, start, start + size) >= 0 or is_sampled.find(1, start + size, end) < 0:
+            raise WireError(
+                "trajectory.versions: got sampled tokens in the prompt or none at all, expected them after it"
+            )
+        if tokens[4 * start : 4 * (start + size)] != tokens[: 4 * size]:
+            raise WireError("group: the prompts of its trajectories differ, expected one prompt")

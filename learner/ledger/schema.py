@@ -2,7 +2,7 @@
 
 import hashlib
 
-SCHEMA_VERSION = "5"
+SCHEMA_VERSION = "6"
 
 DIGEST_BYTES = 8
 
@@ -22,8 +22,7 @@ DIGESTED = {
 
 def row_digest(*values: object) -> bytes:
     """Names a row's content, so that a bit which flipped on disk is noticed."""
-    words = [value if isinstance(value, bytes) else repr(value).encode() for value in values]
-    return hashlib.blake2b(b"\x1f".join([*words, b""]), digest_size=DIGEST_BYTES).digest()
+    return hashlib.blake2b(repr(values).encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def _digest(table: str) -> str:
