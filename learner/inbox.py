@@ -276,9 +276,7 @@ class Inbox:
             sampling_s=header.sampling_s,
         )
         drop = self._judge(arrays.group()) if self._judge else None
-        outcome, reason = self._ledger.commit(
-            header.lease_id, to_blob(letter.arrival.frames[0], arrays), sample, drop=drop
-        )
+        outcome, reason = self._ledger.commit(header.lease_id, to_blob(letter.arrival.frames), sample, drop=drop)
         return Receipt(outcome=outcome, reason=reason)
 
     def _group_limits(self) -> GroupLimits:

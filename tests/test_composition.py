@@ -24,7 +24,7 @@ from common.errors import ConfigError, OperatorError, WaitTimeout
 from common.problems import Split
 from common.trajectory import TrajectoryGroup
 from common.wire.codec import encode
-from common.wire.groups import from_blob, group_frames, group_header, to_blob, view_arrays
+from common.wire.groups import from_blob, group_frames, group_header, to_blob
 from common.wire.messages import Lease
 from learner.batch import build_batch
 from learner.expert.store import ExpertStore, NewRow
@@ -95,8 +95,7 @@ def model(tiny_model: Path) -> PolicyModel:
 
 
 def blob_of(group: TrajectoryGroup) -> bytes:
-    header, (first, *frames) = group_header(group), encode(group_header(group), group_frames(group))
-    return to_blob(first, view_arrays(header, frames))
+    return to_blob(encode(group_header(group), group_frames(group)))
 
 
 def row_of(group: TrajectoryGroup, temperature: float) -> Row:

@@ -25,7 +25,7 @@ from common.wire.codec import (
     decode,
     encode,
 )
-from common.wire.groups import GroupLimits, from_blob, group_frames, group_header, read_group, to_blob, view_arrays
+from common.wire.groups import GroupLimits, from_blob, group_frames, group_header, read_group, to_blob
 from common.wire.messages import (
     MAX_LEASES,
     PROTOCOL,
@@ -378,47 +378,67 @@ def test_a_group_comes_back_bit_by_bit(seed: int, num_prompt_tokens: int, answer
     read = read_group(header, frames, LIMITS).group()
     assert same_bits(read, group)
     assert read.min_version == group.min_version
-    assert same_bits(from_blob(to_blob(encode(header)[0], view_arrays(header, frames))), group)
+    assert same_bits(from_blob(to_blob([*encode(header), *frames])), group)
 
 
-def test_frames_are_little_endian_whatever_the_arrays_are() -> None:
+def test_the_prompt_travels_once_little_endian_and_a_plain_mask_not_at_all() -> None:
     group = make_group()
     swapped = tuple(
         replace(t, tokens=t.tokens.astype(">i4"), logprobs=t.logprobs.astype(">f4"), mask=t.mask.astype(">f4"))
         for t in group.trajectories
     )
-    tokens, logprobs, *_ = group_frames(replace(group, trajectories=swapped))
-    assert tokens[:4] == int(group.trajectories[0].tokens[0]).to_bytes(4, "little")
-    assert np.frombuffer(logprobs, "<f4").tolist() == [x for t in group.trajectories for x in t.logprobs.tolist()]
-    assert [len(frame) for frame in group_frames(group)] == [4 * sum(len(t.tokens) for t in group.trajectories)] * 4
+    tokens, logprobs, mask, _ = group_frames(replace(group, trajectories=swapped))
+    prompt, answers = group.trajectories[0].tokens[:4], [t.tokens[4:] for t in group.trajectories]
+    assert np.frombuffer(tokens, "<i4").tolist() == [int(x) for part in (prompt, *answers) for x in part]
+    assert np.frombuffer(logprobs, "<f4").tolist() == [x for t in group.trajectories for x in t.logprobs[4:].tolist()]
+    assert len(mask) == len(logprobs)
+    plain = tuple(
+        replace(t, mask=(t.versions != NOT_SAMPLED).astype(np.float32), versions=np.minimum(t.versions, 0))
+        for t in group.trajectories
+    )
+    _, _, mask, versions = group_frames(replace(group, trajectories=plain))
+    assert mask == b""
+    # The last answer's last token but one was not sampled: before, it, and after.
+    assert np.frombuffer(versions, "<i4").reshape(2, -1).tolist() == [
+        [0, NOT_SAMPLED, 0, NOT_SAMPLED, 0],
+        [1, 1, 5, 1, 1],
+    ]
+    assert same_bits(
+        read_group(*sent(replace(group, trajectories=plain)), LIMITS).group(), replace(group, trajectories=plain)
+    )
 
 
-def test_a_group_is_read_without_a_copy() -> None:
+def test_the_answers_of_a_group_are_looked_at_where_they_lie() -> None:
     header, frames = sent(make_group())
-    read = read_group(header, frames, LIMITS).group()
-    for index, name in enumerate(("tokens", "logprobs", "mask", "versions")):
-        whole = np.frombuffer(frames[index], dtype=np.uint8)
-        assert all(np.shares_memory(getattr(t, name), whole) for t in read.trajectories)
+    arrays = read_group(header, frames, LIMITS)
+    for array, frame in zip((arrays.tokens, arrays.logprobs, arrays.mask, arrays.runs), frames, strict=True):
+        assert array is not None
+        assert np.shares_memory(array, np.frombuffer(frame, dtype=np.uint8))
+
+
+def test_a_group_whose_trajectories_share_no_prompt_is_not_sent() -> None:
+    group = make_group()
+    with pytest.raises(ValueError, match="the prompts of its trajectories differ"):
+        group_frames(changed(group, 1, "tokens", 0, 319))
+    for name in ("mask", "versions"):
+        with pytest.raises(ValueError, match="sampled tokens in the prompt"):
+            group_frames(changed(group, 1, name, 0, 1))
 
 
 @pytest.mark.parametrize(
     ("name", "position", "value", "words"),
     [
         ("logprobs", 5, math.nan, "trajectory.logprobs: got a value that is no log-prob"),
-        ("logprobs", 0, math.nan, "trajectory.logprobs"),
         ("logprobs", 5, -math.inf, "trajectory.logprobs"),
         ("logprobs", 5, 0.01, "trajectory.logprobs"),
         ("tokens", 5, 320, "trajectory.tokens: got ids"),
         ("tokens", 5, -1, "expected 0 to 319"),
-        ("tokens", 0, 319, "the prompts of its trajectories differ"),
         ("mask", 4, -1.0, "trajectory.mask: got a negative"),
         ("mask", 4, math.nan, "trajectory.mask"),
         ("mask", 4, math.inf, "trajectory.mask"),
-        ("mask", 0, 1.0, "got loss on tokens that no policy sampled"),
         ("mask", 5, 1.0, "got loss on tokens that no policy sampled"),
-        ("versions", 4, 8, "trajectory.versions: got up to 8, expected 0 to 7"),
-        ("versions", 4, -2, "trajectory.versions"),
-        ("versions", 0, 3, "got sampled tokens in the prompt"),
+        ("versions", 4, 8, "to 8, expected -1 to 7"),
+        ("versions", 4, -2, "trajectory.versions: got -2 to"),
     ],
 )
 def test_a_group_with_one_wrong_entry_is_refused(name: str, position: int, value: float, words: str) -> None:
@@ -436,10 +456,11 @@ def test_a_group_of_another_size_is_refused() -> None:
 def test_a_group_without_a_sampled_token_or_without_an_answer_is_refused() -> None:
     group = make_group(answers=(1, 1, 1))
     silent = changed(changed(group, 1, "versions", 4, NOT_SAMPLED), 1, "mask", 4, 0.0)
-    with pytest.raises(WireError, match=r"none at all, expected"):
+    with pytest.raises(WireError, match=r"got an answer without a sampled token, expected"):
         read_group(*sent(silent), LIMITS)
+    header, frames = sent(group)
     with pytest.raises(WireError, match=r"got 5 tokens with a prompt of 5, expected an answer"):
-        read_group(*sent(replace(group, num_prompt_tokens=5)), LIMITS)
+        read_group(header.model_copy(update={"num_prompt_tokens": 5}), frames, LIMITS)
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -447,7 +468,16 @@ def test_a_group_without_a_sampled_token_or_without_an_answer_is_refused() -> No
 def test_a_group_whose_frames_have_wrong_sizes_is_refused(index: int, change: int) -> None:
     header, frames = sent(make_group())
     frames[index] = bytes(len(frames[index]) + change)
-    with pytest.raises(WireError, match=r"group\.\w+: got \d+ bytes, expected 84"):
+    expected = ("52", "36", "0 or 36", "8 for each run")[index]
+    with pytest.raises(WireError, match=rf"group\.\w+: got \d+ bytes, expected {expected}"):
+        read_group(header, frames, LIMITS)
+
+
+@pytest.mark.parametrize("lengths", [[9, 0], [10, -1], [2**31 - 1, -(2**31) + 10], [3, 5], [2**31 - 1] * 2])
+def test_runs_of_versions_must_cover_the_answers_exactly(lengths: list[int]) -> None:
+    header, frames = sent(make_group())
+    frames[3] = np.array([[1, 2], lengths], "<i4").tobytes()
+    with pytest.raises(WireError, match=r"group.versions: got runs of -?\d+ tokens, expected 9, one or more in each"):
         read_group(header, frames, LIMITS)
 
 
@@ -464,8 +494,8 @@ def test_a_header_that_claims_more_tokens_than_there_are_costs_nothing() -> None
     huge = header.model_copy(update={"trajectories": (row,) * 4096})
 
     def read() -> None:
-        with pytest.raises(WireError, match="expected 274877906944"):
-            read_group(huge, frames, LIMITS)
+        with pytest.raises(WireError, match="expected 274877841424"):
+            read_group(huge, frames, replace(LIMITS, group_size=4096))
 
     assert peak_bytes(read) < 4 << 20
 

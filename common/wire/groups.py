@@ -1,4 +1,8 @@
-"""A TrajectoryGroup as a header and four little-endian frames, and back without a copy; as one blob for the journal."""
+"""A TrajectoryGroup as a header and four little-endian frames, and back; as one blob for the journal.
+
+The prompt, which all answers share, travels once. Versions, of which there are few, are told by runs. A mask that is 1
+wherever a policy sampled, and 0 elsewhere, stays at home. So a group has about 8 bytes for each token of its answers.
+"""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +20,7 @@ from common.wire.messages import GroupHeader, TrajectoryHeader
 
 MAX_LOGPROB = 1e-3
 """Rounding may lift the log-prob of a certain token above 0."""
-ARRAYS = (("tokens", "<i4"), ("logprobs", "<f4"), ("mask", "<f4"), ("versions", "<i4"))
+NUM_FRAMES = 4
 
 
 @dataclass(frozen=True)
@@ -41,153 +45,182 @@ def group_header(group: TrajectoryGroup, **envelope: Any) -> GroupHeader:
 
 
 def group_frames(group: TrajectoryGroup) -> list[Buffer]:
-    """Each array of all trajectories, one after the other."""
+    """Tokens: the prompt, then all answers; log-probs and mask: of the answers; versions: of each run, then its length.
+
+    Raises ValueError where the trajectories do not share their prompt, or a policy sampled it.
+    """
+    prompt = group.trajectories[0].tokens[: group.num_prompt_tokens]
+    for t in group.trajectories:
+        if not np.array_equal(t.tokens[: len(prompt)], prompt):
+            raise ValueError("group: the prompts of its trajectories differ, expected one prompt")
+        if t.mask[: len(prompt)].any() or (t.versions[: len(prompt)] != NOT_SAMPLED).any():
+            raise ValueError("group: got loss or sampled tokens in the prompt, expected them after it")
+
+    def answers(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(t, name)[len(prompt) :] for t in group.trajectories])
+
+    versions, mask = answers("versions"), answers("mask")
+    tokens = np.concatenate([prompt, answers("tokens")])
     return [
-        np.concatenate([getattr(t, name) for t in group.trajectories]).astype(dtype, copy=False).tobytes()
-        for name, dtype in ARRAYS
+        tokens.astype("<i4").tobytes(),
+        answers("logprobs").astype("<f4").tobytes(),
+        b"" if np.array_equal(mask, _plain_mask(versions)) else mask.astype("<f4").tobytes(),
+        _runs(versions).astype("<i4").tobytes(),
     ]
 
 
 @dataclass(frozen=True)
 class GroupArrays:
-    """A group as it travels: each array of all trajectories, one after the other. Views on the frames."""
+    """A group as it travels, views on its frames: A tokens of all answers, one after the other, and their prompt."""
 
     header: GroupHeader
+    prompt: NDArray[np.int32]
     tokens: NDArray[np.int32]
+    """[A], as the next two."""
     logprobs: NDArray[np.float32]
-    mask: NDArray[np.float32]
-    versions: NDArray[np.int32]
+    mask: NDArray[np.float32] | None
+    """None: 1 wherever a policy sampled, and 0 elsewhere."""
+    runs: NDArray[np.int32]
+    """[2, R] policy version and length of each run of equal versions; A tokens in all."""
 
     @cached_property
-    def version_runs(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Versions, of which there are few, told by runs: the version of each, and its tokens."""
-        versions = self.versions
-        last = np.flatnonzero(versions[1:] != versions[:-1])
-        bounds = np.empty(len(last) + 2, "<i4")
-        bounds[0], bounds[1:-1], bounds[-1] = 0, last + 1, len(versions)
-        return versions[bounds[:-1]], bounds[1:] - bounds[:-1]
-
-    @cached_property
-    def is_mask_plain(self) -> bool:
-        """Whether it is 1 wherever a policy sampled and 0 elsewhere."""
-        return self.mask.tobytes() == _plain_mask(self.versions).tobytes()
+    def versions(self) -> NDArray[np.int32]:
+        """[A] policy version of each token."""
+        return np.repeat(*self.runs)
 
     @property
     def min_version(self) -> int:
         """The oldest that sampled a token."""
-        return min(version for version in self.version_runs[0].tolist() if version != NOT_SAMPLED)
+        return min(version for version in self.runs[0].tolist() if version != NOT_SAMPLED)
 
     @property
     def num_sampled(self) -> int:
         """Tokens that a policy sampled."""
-        firsts, runs = self.version_runs
-        return int(runs[firsts != NOT_SAMPLED].sum())
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """Where each trajectory ends in the arrays."""
-        return list(accumulate(row.num_tokens for row in self.header.trajectories))
+        versions, lengths = self.runs.tolist()
+        return sum(length for version, length in zip(versions, lengths, strict=True) if version != NOT_SAMPLED)
 
     @property
     def reward_sum(self) -> float:
         return sum(row.reward for row in self.header.trajectories)
 
+    @property
+    def bounds(self) -> list[int]:
+        """Where each answer begins, and where the last one ends."""
+        return [0, *accumulate(row.num_tokens - len(self.prompt) for row in self.header.trajectories)]
+
     def group(self) -> TrajectoryGroup:
-        """The carrier, views on the frames as well."""
+        """The carrier."""
+        empty = np.zeros(len(self.prompt), np.float32)
+        mask = _plain_mask(self.versions) if self.mask is None else self.mask
+
+        def whole(prompt: NDArray[Any], answer: NDArray[Any]) -> NDArray[Any]:
+            return np.concatenate([prompt, answer])
+
         trajectories = tuple(
             Trajectory(
-                self.tokens[start:end], self.logprobs[start:end], self.mask[start:end], self.versions[start:end],
-                row.reward, row.is_truncated,
+                whole(self.prompt, self.tokens[start:end]),
+                whole(empty, self.logprobs[start:end]),
+                whole(empty, mask[start:end]),
+                whole(np.full_like(self.prompt, NOT_SAMPLED), self.versions[start:end]),
+                row.reward,
+                row.is_truncated,
             )
-            for start, end, row in zip([0, *self.ends], self.ends, self.header.trajectories, strict=False)
-        )  # fmt: skip
-        return TrajectoryGroup(
-            self.header.lease_id, self.header.num_prompt_tokens, trajectories, self.header.sampling_s
-        )  # fmt: skip
+            for (start, end), row in zip(pairwise(self.bounds), self.header.trajectories, strict=True)
+        )
+        return TrajectoryGroup(self.header.lease_id, len(self.prompt), trajectories, self.header.sampling_s)
 
 
 def read_group(header: GroupHeader, frames: Sequence[Buffer], limits: GroupLimits) -> GroupArrays:
     """Views on the frames, checked. Raises WireError."""
-    arrays = view_arrays(header, frames)
     if len(header.trajectories) != limits.group_size:
         raise WireError(f"group: got {len(header.trajectories)} trajectories, expected {limits.group_size}")
-    shortest = min(row.num_tokens for row in header.trajectories)
-    if shortest <= header.num_prompt_tokens:
-        raise WireError(
-            f"trajectory: got {shortest} tokens with a prompt of {header.num_prompt_tokens}, expected an answer"
-        )
+    arrays = view_arrays(header, frames)
     _check_values(arrays, limits)
-    _check_prompts(arrays)
+    _check_versions(arrays, limits)
     return arrays
 
 
-def to_blob(header: Buffer, arrays: GroupArrays) -> bytes:
-    """One blob, for the journal: the header as it came, and half as many bytes as the frames have.
-
-    A mask that is 1 wherever a policy sampled is left out, and versions, of which there are few, are told by runs.
-    """
-    firsts, runs = arrays.version_runs
-    mask = b"" if arrays.is_mask_plain else arrays.mask.tobytes()
-    return pack([header, arrays.tokens.tobytes(), arrays.logprobs.tobytes(), mask, firsts.tobytes(), runs.tobytes()])
+def to_blob(frames: Sequence[Buffer]) -> bytes:
+    """A group's message as one blob, for the journal: the header as it came, and its frames."""
+    return pack(list(frames))
 
 
 def from_blob(blob: bytes) -> TrajectoryGroup:
     """The group of a blob that was checked before it was written."""
-    header, tokens, logprobs, mask, firsts, runs = unpack(blob)
+    header, *frames = unpack(blob)
     message = decode([header], max_bytes=len(blob)).message
     assert isinstance(message, GroupHeader)
-    versions = np.repeat(np.frombuffer(firsts, "<i4"), np.frombuffer(runs, "<i4"))
-    return GroupArrays(
-        message,
-        np.frombuffer(tokens, "<i4"),
-        np.frombuffer(logprobs, "<f4"),
-        np.frombuffer(mask, "<f4") if mask else _plain_mask(versions),
-        versions,
-    ).group()
-
-
-def _plain_mask(versions: NDArray[np.int32]) -> NDArray[np.float32]:
-    return (versions != NOT_SAMPLED).astype("<f4")
+    return view_arrays(message, frames).group()
 
 
 def view_arrays(header: GroupHeader, frames: Sequence[Buffer]) -> GroupArrays:
     """Of the right sizes, nothing more. Raises WireError."""
-    if len(frames) != len(ARRAYS):
-        raise WireError(f"group: got {len(frames)} array frames, expected {len(ARRAYS)}")
-    num_bytes = 4 * sum(row.num_tokens for row in header.trajectories)
-    for frame, (name, _) in zip(frames, ARRAYS, strict=True):
-        if len(frame) != num_bytes:
-            raise WireError(f"group.{name}: got {len(frame)} bytes, expected {num_bytes}")
-    return GroupArrays(header, *(np.frombuffer(frame, dtype) for frame, (_, dtype) in zip(frames, ARRAYS, strict=True)))
+    if len(frames) != NUM_FRAMES:
+        raise WireError(f"group: got {len(frames)} array frames, expected {NUM_FRAMES}")
+    num_prompt, rows = header.num_prompt_tokens, header.trajectories
+    shortest = min(row.num_tokens for row in rows)
+    if shortest <= num_prompt:
+        raise WireError(f"trajectory: got {shortest} tokens with a prompt of {num_prompt}, expected an answer")
+    num_answers = sum(row.num_tokens for row in rows) - num_prompt * len(rows)
+    tokens, logprobs, mask, runs = frames
+    for name, frame, sizes in (
+        ("tokens", tokens, (4 * (num_prompt + num_answers),)),
+        ("logprobs", logprobs, (4 * num_answers,)),
+        ("mask", mask, (0, 4 * num_answers)),
+    ):
+        if len(frame) not in sizes:
+            raise WireError(f"group.{name}: got {len(frame)} bytes, expected {' or '.join(map(str, sizes))}")
+    if not runs or len(runs) % 8:
+        raise WireError(f"group.versions: got {len(runs)} bytes, expected 8 for each run, and one at least")
+    told = np.frombuffer(runs, "<i4").reshape(2, -1)
+    total = int(told[1].sum(dtype=np.int64))
+    if total != num_answers or told[1].min() < 1:
+        raise WireError(f"group.versions: got runs of {total} tokens, expected {num_answers}, one or more in each")
+    ids = np.frombuffer(tokens, "<i4")
+    return GroupArrays(
+        header, ids[:num_prompt], ids[num_prompt:], np.frombuffer(logprobs, "<f4"),
+        np.frombuffer(mask, "<f4") if mask else None, told,
+    )  # fmt: skip
 
 
 def _check_values(arrays: GroupArrays, limits: GroupLimits) -> None:
-    """Of all trajectories at once, since a look at each costs ten times as much; NaN fails every comparison."""
-    tokens, logprobs, mask = arrays.tokens, arrays.logprobs, arrays.mask
-    if tokens.view("<u4").max() >= limits.vocab_size:  # so seen, a negative id is a large one
-        raise WireError(
-            f"trajectory.tokens: got ids {tokens.min()} to {tokens.max()}, expected 0 to {limits.vocab_size - 1}"
-        )
+    """Of all answers at once, since a look at each costs ten times as much; NaN fails every comparison."""
+    logprobs, mask = arrays.logprobs, arrays.mask
+    for tokens in (arrays.prompt, arrays.tokens):
+        if tokens.view("<u4").max() >= limits.vocab_size:  # so seen, a negative id is a large one
+            raise WireError(
+                f"trajectory.tokens: got ids {tokens.min()} to {tokens.max()}, expected 0 to {limits.vocab_size - 1}"
+            )
     if not (logprobs.min() > -math.inf and logprobs.max() <= MAX_LOGPROB):
         raise WireError("trajectory.logprobs: got a value that is no log-prob, expected finite values of at most 0")
-    if not arrays.is_mask_plain:
-        if not (mask.min() >= 0 and mask.max() < math.inf):
-            raise WireError("trajectory.mask: got a negative or non-finite weight, expected finite values from 0 on")
-        if mask[arrays.versions == NOT_SAMPLED].any():
-            raise WireError("trajectory.mask: got loss on tokens that no policy sampled, expected 0 there")
-    versions = arrays.version_runs[0].tolist()
-    if not (min(versions) >= NOT_SAMPLED and max(versions) <= limits.max_version):
-        raise WireError(f"trajectory.versions: got up to {max(versions)}, expected 0 to {limits.max_version}")
+    if mask is None:
+        return
+    if not (mask.min() >= 0 and mask.max() < math.inf):
+        raise WireError("trajectory.mask: got a negative or non-finite weight, expected finite values of at least 0")
+    if mask[arrays.versions == NOT_SAMPLED].any():
+        raise WireError("trajectory.mask: got loss on tokens that no policy sampled, expected 0 there")
 
 
-def _check_prompts(arrays: GroupArrays) -> None:
-    """One prompt, which no policy sampled, and an answer to it in every trajectory."""
-    size = arrays.header.num_prompt_tokens
-    tokens, is_sampled = arrays.tokens.tobytes(), (arrays.versions != NOT_SAMPLED).tobytes()
-    for start, end in pairwise([0, *arrays.ends]):
-        if is_sampled.find(1, start, start + size) >= 0 or is_sampled.find(1, start + size, end) < 0:
-            raise WireError(
-                "trajectory.versions: got sampled tokens in the prompt or none at all, expected them after it"
-            )
-        if tokens[4 * start : 4 * (start + size)] != tokens[: 4 * size]:
-            raise WireError("group: the prompts of its trajectories differ, expected one prompt")
+def _check_versions(arrays: GroupArrays, limits: GroupLimits) -> None:
+    """All exist, and a policy sampled something of every answer."""
+    versions = arrays.runs[0].tolist()
+    if not NOT_SAMPLED <= min(versions) <= max(versions) <= limits.max_version:
+        raise WireError(
+            f"trajectory.versions: got {min(versions)} to {max(versions)}, expected {NOT_SAMPLED} to "
+            f"{limits.max_version}"
+        )
+    if NOT_SAMPLED not in versions:
+        return
+    if not np.logical_or.reduceat(arrays.versions != NOT_SAMPLED, arrays.bounds[:-1]).all():
+        raise WireError("trajectory.versions: got an answer without a sampled token, expected one in each")
+
+
+def _runs(versions: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[2, R] value and length of each run of equal ones."""
+    last = np.flatnonzero(versions[1:] != versions[:-1])
+    bounds = np.concatenate([[0], last + 1, [len(versions)]])
+    return np.stack([versions[bounds[:-1]], np.diff(bounds)])
+
+
+def _plain_mask(versions: NDArray[np.int32]) -> NDArray[np.float32]:
+    return (versions != NOT_SAMPLED).astype("<f4")

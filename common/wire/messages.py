@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from common.version import Version
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Raised with every change that an older peer would misread."""
 
 MAX_LEASES = 1024
@@ -163,7 +163,7 @@ class TrajectoryHeader(BaseModel):
 
 
 class GroupHeader(Message):
-    """A TrajectoryGroup; four array frames follow: tokens, logprobs, mask, versions."""
+    """A TrajectoryGroup; four array frames follow: tokens, logprobs, mask, versions (see common/wire/groups.py)."""
 
     kind: Literal["group"] = "group"
     lease_id: Name

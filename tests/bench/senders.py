@@ -18,7 +18,7 @@ from common.version import Version
 from common.wire.codec import decode, encode
 from common.wire.messages import ActorState, Hello, Receipt, Role, Welcome, Work, WorkRequest
 from common.wire.sockets import SocketLimits, open_socket
-from tests.bench.cargo import Cargo, make_cargo
+from tests.bench.cargo import Cargo, Form, make_cargo
 
 LEASES = 64
 """Asked for at a time."""
@@ -167,7 +167,7 @@ def send_bare(order: Order) -> int:
     return count.number
 
 
-def send_redis(order: Order) -> int:
+def send_redis(order: Order, *, form: Form) -> int:
     """XADD with a sliding window over one connection: the server never waits for us."""
     import redis
 
@@ -177,7 +177,7 @@ def send_redis(order: Order) -> int:
     time.sleep(max(order.starts_at - time.monotonic(), 0))
     for number in itertools.count(1):
         if under_way < order.window:
-            frames = next(cargos).message(f"{number}.{order.name}", number)
+            frames = next(cargos).message(f"{number}.{order.name}", number, form=form)
             fields = [part for pair in zip(names, frames, strict=True) for part in pair]
             connection.send_command("XADD", "groups", "MAXLEN", "~", 2000, "*", *fields)
             under_way += 1
@@ -191,7 +191,7 @@ def send_redis(order: Order) -> int:
     return count.number
 
 
-def send_http(order: Order) -> int:
+def send_http(order: Order, *, form: Form) -> int:
     """A connection for each group under way."""
     cargo = make_cargo(order.number)
     counts = [Count(order) for _ in range(order.window)]
@@ -200,7 +200,7 @@ def send_http(order: Order) -> int:
         connection = http.client.HTTPConnection("127.0.0.1", order.port, timeout=ANSWER_S)
         time.sleep(max(order.starts_at - time.monotonic(), 0))
         for number in itertools.count():
-            body = cargo[number % len(cargo)].json(f"{number}.{order.name}.{place}")
+            body = cargo[number % len(cargo)].json(f"{number}.{order.name}.{place}", form)
             connection.request("POST", "/groups", body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             assert answer.read() == b"ok", answer.status

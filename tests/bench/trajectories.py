@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.bench.cargo import ANSWER_TOKENS, GROUP_SIZE, PROMPT_TOKENS, make_cargo
+from tests.bench.cargo import ANSWER_TOKENS, GROUP_SIZE, PROMPT_TOKENS, Form, make_cargo
 from tests.bench.doors import OpenDoor, bare_zmq, front_door, http_door, opened, opened_redis, redis_version
 from tests.bench.figure import Bar, Figure
 from tests.bench.fleet import Load, sail
@@ -40,10 +40,14 @@ class Side:
 
 
 def sides() -> list[Side]:
+    """The others are given groups in the plain form, which is the bar's, and in our own, which is half as long."""
+    http, redis = "HTTP + JSON into SQLite", f"Redis {redis_version()} Streams, appendfsync always"
     return [
         Side("ours", partial(opened, front_door), send_ours),
-        Side("HTTP + JSON into SQLite", partial(opened, http_door), send_http, Bar(at_least=5)),
-        Side(f"Redis {redis_version()} Streams, appendfsync always", opened_redis, send_redis, Bar(at_least=2)),
+        Side(http, partial(opened, http_door), partial(send_http, form=Form.PLAIN), Bar(at_least=5)),
+        Side(f"{http}, our form", partial(opened, http_door), partial(send_http, form=Form.TERSE)),
+        Side(redis, opened_redis, partial(send_redis, form=Form.PLAIN), Bar(at_least=2)),
+        Side(f"{redis}, our form", opened_redis, partial(send_redis, form=Form.TERSE)),
         Side("ours, the commit a no-op", partial(opened, front_door, is_journaled=False), send_ours, Bar(at_least=0.7)),
         Side(f"bare pyzmq {version('pyzmq')}", partial(opened, bare_zmq), send_bare),
     ]
@@ -51,12 +55,13 @@ def sides() -> list[Side]:
 
 def measure(say: Callable[[str], None]) -> list[Figure]:
     rates = compete(say)
-    (ours, *_), group_bytes = sides(), statistics.mean(cargo.num_bytes for cargo in make_cargo(0))
+    (ours, *_), cargo = sides(), make_cargo(0)
+    group_bytes, plain = (statistics.mean(one.num_bytes(form) for one in cargo) for form in (Form.TERSE, Form.PLAIN))
     mine = statistics.median(rates[ours.name])
     conditions = (
         f"K = {GROUP_SIZE}, prompt {PROMPT_TOKENS}, answers {ANSWER_TOKENS[0]} to {ANSWER_TOKENS[1]} tokens, "
-        f"{group_bytes / 1000:.0f} kB; {NUM_SENDERS} senders, {WINDOW} groups under way each; median of {ROUNDS} "
-        f"alternating rounds of {SECONDS:g} s; ours {spread(rates[ours.name])}"
+        f"{group_bytes / 1000:.0f} kB, {plain / 1000:.0f} kB in the plain form; {NUM_SENDERS} senders, {WINDOW} groups "
+        f"under way each; median of {ROUNDS} alternating rounds of {SECONDS:g} s; ours {spread(rates[ours.name])}"
     )
     figures = [Figure("volume", "MB/s", mine * group_bytes / 1e6, conditions=conditions)]
     for side in sides()[1:]:
