@@ -209,10 +209,12 @@ def test_a_run_that_has_ended_says_so(site: Site) -> None:
     site.write_board(
         phase="ended", step=NUM_STEPS, waiting_for="", groups={}, dropped={}, evaluations_owed=[], peers=[]
     )
+    lines = site.screen()
+    assert "ended after step 40" in lines[2]
+    assert all("leaving" in row_of(lines, name) for name in NAMES[1:])
     for name in NAMES:
         site.end(name, code=0)
     lines = site.screen()
-    assert "ended after step 40" in lines[2]
     assert all("ended" in row_of(lines, name) for name in NAMES[1:])
 
 

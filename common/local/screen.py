@@ -170,7 +170,8 @@ def _cells_of(view: View, name: str, component: Component | None, peer: BoardPee
     if component and component.exit_code is not None:
         return name, "ended", "", "", peer.engine if peer else ""
     if peer is None:
-        return name, "starting", "", "", ""
+        board = view.progress.board
+        return name, "leaving" if board and board.phase == "ended" else "starting", "", "", ""
     state = f"{peer.state}, silent for {peer.silence_s:.0f} s" if peer.silence_s > 3 else peer.state
     version = "" if peer.serving_step is None else f"version {peer.serving_step}"
     speed = view.progress.tokens_per_s(name)

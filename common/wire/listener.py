@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_MONITOR_STOPPED
 MAX_PARTS = MAX_FRAMES + 1
 """Frames of a message with its routing id."""
-WATCH_S = 0.05
+WATCH_S, MAX_WATCH_S = 0.05, 0.2
 """Between two looks at every connection; a flood grows for this long at most before it is noticed."""
+LOOK_SHARE = 0.02
+"""Of the guard's time at most, within those limits: a look takes 2 ms for a thousand connections."""
 SAY_S = 5.0
 """At most one line in the log per reason and this time, whatever arrives."""
 
@@ -175,16 +177,17 @@ class Listener:
 
     def _watch(self) -> None:
         """Until the monitor is disabled."""
-        looked_at, is_watching = 0.0, True
+        look_at, is_watching = 0.0, True
         with self._monitor, suppress(zmq.ContextTerminated):
             while is_watching:
                 if self._guard_watch:
                     self._guard_watch.beat()
                 if self._monitor.poll(int(WATCH_S * 1000)):
                     is_watching = self._hear_events(until=time.monotonic() + WATCH_S)
-                if time.monotonic() - looked_at > WATCH_S:
+                if (began := time.monotonic()) > look_at:
                     self._look()
-                    looked_at = time.monotonic()
+                    took_s = time.monotonic() - began
+                    look_at = began + took_s + min(max(took_s / LOOK_SHARE, WATCH_S), MAX_WATCH_S)
 
     def _hear_events(self, *, until: float) -> bool:
         """Take over what libzmq reports, for a bounded time; False at the end."""

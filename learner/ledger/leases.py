@@ -67,6 +67,8 @@ class Leases:
         First those that it was granted but does not hold (a reply was lost), then groups whose lease expired, oldest
         first, then new prompts as far as admission allows.
         """
+        if capacity <= 0:
+            return []
         with self._db.transaction():
             known = set(held)
             active = self._db.execute(

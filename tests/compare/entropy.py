@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from common.chat import Chat, ChatMessage, Demonstration
-from tests.compare.task import TRAINED
 from tests.runs import read_lines
 
 TOLD = "nats per token: "
@@ -30,11 +29,10 @@ def main(
 def answered(chat: Chat, samples: Path, problems: Path, *, num: int) -> list[Demonstration]:
     """Problems with the first answer to each, as tokens; the mask is 1 on what the policy drew."""
     firsts = {line["problem"]: line for line in read_lines(samples) if line["sample"] == 0}
-    system = ChatMessage(role="system", content=TRAINED.system_prompt)
     rows: list[Demonstration] = []
     for number, problem in enumerate(read_lines(problems)[: min(num, len(firsts))]):
         asked = ChatMessage(role="user", content=problem["question"])
-        row = chat.demonstration([system, asked, ChatMessage(role="assistant", content=firsts[number]["text"])])
+        row = chat.demonstration([asked, ChatMessage(role="assistant", content=firsts[number]["text"])])
         drawn = len(row.tokens) - firsts[number]["is_truncated"]  # without an end of turn where it drew none
         rows.append(Demonstration(row.tokens[:drawn], row.mask[:drawn]))
     return rows

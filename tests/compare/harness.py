@@ -24,7 +24,7 @@ from tests.compare.plan import SUPERVISED, PlannedRun, Sections
 from tests.compare.results import Result, Score
 from tests.compare.scale import Scale
 from tests.compare.tables import table, task_hash, write_family, write_tables
-from tests.compare.task import TEMPERATURE, TRAINED, Family
+from tests.compare.task import READING, TEMPERATURE, TRAINED, Family
 from tests.runs import read_lines
 
 POLL_S = 1.0
@@ -81,7 +81,7 @@ class Harness:
         sections = {name: dict(keys) for name, keys in run.sections.items()}
         sections["run"]["dir"] = str(self.run_folder(run))
         sections["expert"]["path"] = str(self.tables / "expert.sqlite")
-        sections["environment"]["options"] = self._options(run.seed, "validation", TRAINED)
+        sections["environment"]["options"] = self._options(run.seed, "validation")
         self.configs.mkdir(parents=True, exist_ok=True)
         path = self.configs / f"{run.name}.toml"
         path.write_text(_recipe(run, path, self.tables, self.scale) + _toml_document(sections))
@@ -92,23 +92,19 @@ class Harness:
         """Of questions and demonstrations; other tasks, and other numbers of rows, have another folder."""
         return self.scratch / f"tables-{task_hash(self.scale.num_expert_rows)}"
 
-    def _options(self, seed: int, held_out: str, family: Family) -> dict[str, str]:
+    def _options(self, seed: int, held_out: str) -> dict[str, str]:
         """Of the environment: what is trained on is never held out."""
         return {
             "source": str(table(self.tables, "prompts", seed)),
             "held_out_source": str(table(self.tables, held_out, seed)),
-            "prompt_template": "{question}",
-            "system_prompt": family.system_prompt,
+            **READING,
         }
 
     def _import_demonstrations(self, config: Path) -> None:
         """Rows that the store holds already are left out; one store serves all runs."""
         self.show("importing demonstrations")
         rows = self.tables / "demonstrations.jsonl"
-        self._run(
-            "learner.expert", "import", "jsonl", str(rows), "--config", str(config),
-            "--system-prompt", TRAINED.system_prompt,
-        )  # fmt: skip
+        self._run("learner.expert", "import", "jsonl", str(rows), "--config", str(config))
 
     def _train(self, run: PlannedRun, config: Path) -> None:
         """chord-local, and beside it the actor that lags, where one is to."""
@@ -172,7 +168,7 @@ class Harness:
         """How an untrained family is evaluated; a handful of short answers needs no engine that starts for long."""
         path = write_family(self.tables, family, seed, num=self.scale.num_retention_problems)
         return [
-            "environment.name=math", f"environment.options={to_toml(self._options(seed, family.name, family))}",
+            "environment.name=math", f"environment.options={to_toml(self._options(seed, family.name))}",
             f"sampling.max_tokens={family.max_tokens}", f"eval.num_problems={len(read_lines(path))}",
             "eval.engine=transformers", f"actor.num_threads={self.scale.num_threads}", "actor.max_model_tokens=512",
         ]  # fmt: skip
@@ -269,8 +265,7 @@ def _recipe(run: PlannedRun, path: Path, tables: Path, scale: Scale) -> str:
         f"{run.name}: a run of `make compare`, by hand:",
         f"python -m tests.compare.tables {tables} {run.seed} {scale.num_expert_rows} "
         f"{scale.num_validation_problems} {scale.num_test_problems}",
-        f"chord-expert import jsonl {tables / 'demonstrations.jsonl'} --config {path} "
-        f"--system-prompt '{TRAINED.system_prompt}'",
+        f"chord-expert import jsonl {tables / 'demonstrations.jsonl'} --config {path}",
     ]
     if run.lag is None and run.is_trained:
         told.append(f"chord-local --fresh --config {path}")

@@ -19,7 +19,7 @@ from typing import Any
 from tests.compare.results import Result
 from tests.compare.scale import BAR_LAG, Scale
 from tests.compare.tables import task_hash
-from tests.compare.task import TEMPERATURE, TRAINED
+from tests.compare.task import READING, TEMPERATURE, TRAINED
 
 METHODS = ("sft", "grpo", "sft_then_rl", "dft", "chord_mu", "chord_phi")
 SUPERVISED = ("sft", "dft")
@@ -169,9 +169,7 @@ def _base(scale: Scale, seed: int) -> Sections:
     return {
         "run": {"seed": seed, "num_actors": 1},
         "model": {"path": str(scale.model)},
-        "environment": {
-            "name": "math", "options": {"prompt_template": "{question}", "system_prompt": TRAINED.system_prompt}
-        },
+        "environment": {"name": "math", "options": dict(READING)},
         "sampling": {"max_tokens": TRAINED.max_tokens, "temperature": TEMPERATURE},
         "algorithm": {"group_size": scale.group_size},
         "actor": {

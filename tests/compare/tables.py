@@ -7,7 +7,7 @@ stream, and prompts leave the expert's questions out.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,11 @@ def write_tables(folder: Path, seed: int, *, num_expert_rows: int, num_validatio
 
 
 def write_family(folder: Path, family: Family, seed: int, *, num: int) -> Path:
-    """The problems by which retention is measured; as many as there are where these are fewer."""
+    """The problems by which retention is measured, of both splits as nobody trains on either; as many as there are
+    where these are fewer."""
     path = table(folder, family.name, seed)
-    _write(path, map(question, islice(stream(family, "held_out", seed), num)))
+    problems = chain(stream(family, "train", seed), stream(family, "held_out", seed))
+    _write(path, map(question, islice(problems, num)))
     return path
 
 
@@ -63,7 +65,7 @@ def question(problem: Problem) -> dict[str, Any]:
 
 
 def demonstration(problem: Problem) -> dict[str, Any]:
-    """A row of `chord-expert import jsonl --system-prompt`. Raises ValueError where the solution is wrong."""
+    """A row of `chord-expert import jsonl`. Raises ValueError where the solution is wrong."""
     solution, result = worked_solution(problem.entry["metadata"]["expression"])
     if str(result) != problem.answer:
         raise ValueError(f"{problem.question}: got {result}, expected {problem.answer}")
@@ -83,7 +85,7 @@ def worked_solution(expression: str) -> tuple[str, int]:
 
 def task_hash(num_expert_rows: int) -> str:
     """Equal exactly where demonstrations, and the questions of a seed, are."""
-    whole = [TRAINED.name, TRAINED.parameters, TRAINED.system_prompt, EXPERT_SEED, NUM_PROMPTS, num_expert_rows]
+    whole = [TRAINED.name, TRAINED.parameters, EXPERT_SEED, NUM_PROMPTS, num_expert_rows]
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:8]
 
 
