@@ -24,7 +24,7 @@ from tests.compare.plan import SUPERVISED, PlannedRun, Sections
 from tests.compare.results import Result, Score
 from tests.compare.scale import Scale
 from tests.compare.tables import table, task_hash, write_family, write_tables
-from tests.compare.task import READING, TEMPERATURE, TRAINED, Family
+from tests.compare.task import READING, TEMPERATURE, Family
 from tests.runs import read_lines
 
 POLL_S = 1.0
