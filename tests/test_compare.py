@@ -262,7 +262,9 @@ def test_no_question_is_in_two_tables_and_demonstrations_are_worked_out(tmp_path
     everything = [question for questions in tables.values() for question in questions]
     assert len(set(everything)) == len(everything)
     assert SCALE.num_steps * SCALE.groups_per_step + 9 * SCALE.groups_per_step <= NUM_PROMPTS
-    assert all(row["response"].count("=") == 2 for row in rows)
+    assert {row["response"].count("=") for row in rows} == {1, 2}
+    num_short = sum(question.count(" + ") + question.count(" - ") == 1 for question in tables["prompts"])
+    assert num_short > 50, "reinforcement learning sees questions of two numbers, too"
     assert worked_solution("3 - 5 + 4") == ("3 - 5 = -2\n-2 + 4 = 2\nThe answer is 2.", 2)
 
 

@@ -132,6 +132,21 @@ def test_log_probs_are_those_of_the_loaded_weights_at_the_temperature(bench: Ben
         assert_replays(answer, [index, 9], bench.folders, temperature=0.7)
 
 
+def test_more_prompts_at_once_than_one_pass_takes_are_answered_each_from_its_own_seed(bench: Bench):
+    prompts = [[index, *LONG_PROMPT] for index in range(16)]  # 4816 tokens, of which a pass takes 2048
+
+    async def run() -> list[Answer]:
+        await bench.engine.load(bench.snapshots[1])
+        parameters = [SamplingParameters(1.0, 4, seed=seed) for seed in range(len(prompts))]
+        together = await asyncio.gather(*map(bench.engine.sample, prompts, parameters))
+        alone = await bench.engine.sample(prompts[-1], parameters[-1])
+        assert alone.tokens.tolist() == together[-1].tokens.tolist()
+        return together
+
+    for prompt, answer in zip(prompts, bench.run(run), strict=True):
+        assert_replays(answer, prompt, bench.folders, temperature=1.0)
+
+
 def test_adapters_are_served_as_the_model_that_they_make_of_the_base(bench: Bench, tmp_path: Path):
     snapshot, merged = adapt(bench.folders[1], tmp_path, step=9)
 

@@ -289,6 +289,8 @@ def cpu_arguments(actor: Actor) -> dict[str, Any]:
         "kv_cache_memory_bytes": int(actor.kv_cache_gib * 2**30),  # the environment variable takes whole GiB only
         "max_num_seqs": 64,
         "enforce_eager": True,
+        # A seeded answer whose prompt is split over two passes ends the engine: a CPU's generator cannot be set back.
+        "enable_chunked_prefill": False,
         # As a class: the name "uni" would be turned into "mp", one process more, which binds its threads to cores.
         "distributed_executor_backend": UniProcExecutor,
     }
