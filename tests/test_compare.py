@@ -23,7 +23,12 @@ from tests.compare.tables import NUM_PROMPTS, table, worked_solution, write_tabl
 from tests.compare.task import TRAINED
 from tests.runs import read_lines
 
-SCALE = Scale()
+EXPERT, POLICY, BOTH = (1.5e-4, 5e-5, 5e-4), (2e-5, 5e-6, 6e-5), (6e-5, 2e-5, 1.5e-4)
+SCALE = Scale(
+    rates={
+        "sft": EXPERT, "dft": EXPERT, "grpo": POLICY, "sft_then_rl": POLICY, "chord_mu": BOTH, "chord_phi": BOTH
+    }
+)  # fmt: skip
 TABLES = ("prompts", "validation", "test")
 ACCURACY = {START: 0.1, "sft": 0.5, "grpo": 0.3, "sft_then_rl": 0.6, "dft": 0.4, "chord_mu": 0.65, "chord_phi": 0.55}
 

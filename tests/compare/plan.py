@@ -1,6 +1,6 @@
 """The plan: which runs there are, in which order, and each one's configuration.
 
-1. The untrained model, for each seed. 2. Seed 0 of every method with the middle learning rate of its grid, then with
+1. The untrained model, for each seed. 2. Seed 0 of every method with the first learning rate of its grid, then with
 the others. 3. The other seeds, a seed at a time, each method with the rate that validation chose at seed 0. 4. GRPO
 with weights that lag, a seed at a time. So whatever time ends it, what is there is balanced.
 
@@ -12,7 +12,7 @@ the others are what the last step left.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def make_plan(scale: Scale, results: Mapping[str, Result]) -> list[PlannedRun]:
     tried: dict[str, list[PlannedRun]] = {method: [] for method in METHODS}
     for method in ("sft", *(method for method in METHODS if method != "sft")):
         sft_lr = chosen_rate(tried["sft"], results) if method == "sft_then_rl" else None
-        for lr in _middle_first(scale.rates[method]):
+        for lr in scale.rates[method]:
             tried[method].append(method_run(scale, method, first, lr, sft_lr=sft_lr))
     runs += _in_rounds(tried)
     rates = {method: chosen_rate(tried[method], results) for method in METHODS}
@@ -111,11 +111,6 @@ def _in_rounds(tried: Mapping[str, list[PlannedRun]]) -> list[PlannedRun]:
     order = [("sft", 0), *((method, 0) for method in others), *(("sft", i) for i in further), ("sft_then_rl", 0)]
     order += [(method, i) for i in further for method in METHODS if method != "sft"]
     return [tried[method][i] for method, i in order]
-
-
-def _middle_first(rates: Sequence[float]) -> list[float]:
-    middle = rates[len(rates) // 2]
-    return [middle, *(rate for rate in rates if rate != middle)]
 
 
 def _start(scale: Scale, seed: int) -> PlannedRun:

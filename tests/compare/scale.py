@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tests.compare.task import UNTRAINED, Family
 
-RATES_EXPERT = (5e-5, 1.5e-4, 5e-4)
-RATES_POLICY = (5e-6, 2e-5, 6e-5)
-RATES_BOTH = (2e-5, 6e-5, 1.5e-4)
+RATES_EXPERT = (1.5e-4, 5e-4)
+RATES_POLICY = (2e-5, 6e-5)
+RATES_BOTH = (6e-5, 1.5e-4)
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Scale:
     num_steps: int = 40
     groups_per_step: int = 6
     group_size: int = 8
-    rows_per_step: int = 16
+    rows_per_step: int = 8
     num_expert_rows: int = 1000
     eval_every_steps: int = 10
     num_validation_problems: int = 100
@@ -45,7 +45,7 @@ class Scale:
             "chord_mu": RATES_BOTH, "chord_phi": RATES_BOTH,
         }
     )  # fmt: skip
-    """Learning rates that each method is tried with, the middle one first: equally many for all. Of sft_then_rl it is
+    """Learning rates that each method is tried with, in this order: equally many for all. Of sft_then_rl it is
     the one after the supervised steps, which have that of sft."""
     lags: Sequence[int] = (0, 1, 4, 8)
     lag_seeds: Sequence[int] = (0, 1, 2)
