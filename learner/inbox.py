@@ -281,7 +281,9 @@ class Inbox:
 
     def _group_limits(self) -> GroupLimits:
         newest = self._newest()
-        return GroupLimits(self._vocab_size, self._terms.group_size, newest.step if newest else 0)
+        return GroupLimits(
+            self._vocab_size, self._terms.group_size, newest.step if newest else 0, self._door.max_message_bytes
+        )
 
     def _refuse_group(self, peer: Peer, error: WireError) -> Message:
         self._listener.refuse("group", f"{peer.peer_id}: {error}")

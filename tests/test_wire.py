@@ -269,7 +269,7 @@ def test_a_few_bytes_that_claim_a_huge_container_cost_nothing(claim: bytes) -> N
 
 def test_the_costliest_header_that_fits_costs_a_bounded_amount() -> None:
     rows = b"".join(b"\xdc\x10\x00" + b"\x80" * 4096 for _ in range(63))  # 63 arrays of 4096 empty maps, 252 KiB
-    bomb = b"\x82\xa8protocol\x01\xa1x\xdc\x00\x3f" + rows
+    bomb = b"\x82\xa8protocol" + bytes([PROTOCOL]) + b"\xa1x\xdc\x00\x3f" + rows
     assert len(bomb) < MAX_HEADER_BYTES
     assert peak_bytes(lambda: refusal([bomb])) < 100 * MAX_HEADER_BYTES
 
@@ -375,9 +375,9 @@ def changed(group: TrajectoryGroup, index: int, name: str, position: int, value:
 def test_a_group_comes_back_bit_by_bit(seed: int, num_prompt_tokens: int, answers: tuple[int, ...]) -> None:
     group = make_group(seed, num_prompt_tokens=num_prompt_tokens, answers=answers)
     header, frames = sent(group)
-    read = read_group(header, frames, LIMITS).group()
-    assert same_bits(read, group)
-    assert read.min_version == group.min_version
+    arrays = read_group(header, frames, LIMITS)
+    assert same_bits(arrays.group(), group)
+    assert (arrays.min_version, arrays.num_sampled) == (group.min_version, group.num_answer_tokens)
     assert same_bits(from_blob(to_blob([*encode(header), *frames])), group)
 
 
@@ -418,9 +418,11 @@ def test_the_answers_of_a_group_are_looked_at_where_they_lie() -> None:
 
 def test_a_group_whose_trajectories_share_no_prompt_is_not_sent() -> None:
     group = make_group()
-    with pytest.raises(ValueError, match="the prompts of its trajectories differ"):
+    with pytest.raises(ValueError, match="got different prompts"):
         group_frames(changed(group, 1, "tokens", 0, 319))
-    for name in ("mask", "versions"):
+    with pytest.raises(ValueError, match="or an empty answer"):
+        group_frames(replace(make_group(answers=(1, 1, 1)), num_prompt_tokens=5))
+    for name in ("mask", "versions", "logprobs"):
         with pytest.raises(ValueError, match="sampled tokens in the prompt"):
             group_frames(changed(group, 1, name, 0, 1))
 
@@ -473,12 +475,24 @@ def test_a_group_whose_frames_have_wrong_sizes_is_refused(index: int, change: in
         read_group(header, frames, LIMITS)
 
 
-@pytest.mark.parametrize("lengths", [[9, 0], [10, -1], [2**31 - 1, -(2**31) + 10], [3, 5], [2**31 - 1] * 2])
+@pytest.mark.parametrize(
+    "lengths", [[9, 0], [10, -1], [2**31 - 1, -(2**31) + 10], [3, 5], [2**31 - 1] * 2, [2**31 - 1, 2**31 - 1, 11]]
+)
 def test_runs_of_versions_must_cover_the_answers_exactly(lengths: list[int]) -> None:
     header, frames = sent(make_group())
-    frames[3] = np.array([[1, 2], lengths], "<i4").tobytes()
+    frames[3] = np.array([[1] * len(lengths), lengths], "<i4").tobytes()
     with pytest.raises(WireError, match=r"group.versions: got runs of -?\d+ tokens, expected 9, one or more in each"):
         read_group(header, frames, LIMITS)
+
+
+def test_a_prompt_that_is_large_in_full_is_refused_though_it_travels_once() -> None:
+    group = make_group(num_prompt_tokens=5000, answers=(1, 1, 1))
+    header, frames = sent(group)
+    assert sum(map(len, frames)) < 21_000
+    with pytest.raises(
+        WireError, match=r"got 240048 bytes in full, expected at most network.max_message_bytes, 200000"
+    ):
+        read_group(header, frames, replace(LIMITS, max_bytes=200_000))
 
 
 @pytest.mark.parametrize("count", [0, 3, 5])
@@ -495,7 +509,7 @@ def test_a_header_that_claims_more_tokens_than_there_are_costs_nothing() -> None
 
     def read() -> None:
         with pytest.raises(WireError, match="expected 274877841424"):
-            read_group(huge, frames, replace(LIMITS, group_size=4096))
+            read_group(huge, frames, replace(LIMITS, group_size=4096, max_bytes=1 << 62))
 
     assert peak_bytes(read) < 4 << 20
 

@@ -21,6 +21,8 @@ from common.wire.messages import GroupHeader, TrajectoryHeader
 MAX_LOGPROB = 1e-3
 """Rounding may lift the log-prob of a certain token above 0."""
 NUM_FRAMES = 4
+BYTES_PER_TOKEN = 16
+"""Of a trajectory: its id, log-prob, mask and version."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class GroupLimits:
     group_size: int
     max_version: int
     """Newest version that exists; no token can be newer."""
+    max_bytes: int = 64 << 20
+    """Of the group in full, each trajectory with its prompt and four numbers a token: a small message may name a large
+    one."""
 
 
 def group_header(group: TrajectoryGroup, **envelope: Any) -> GroupHeader:
@@ -51,20 +56,21 @@ def group_frames(group: TrajectoryGroup) -> list[Buffer]:
     """
     prompt = group.trajectories[0].tokens[: group.num_prompt_tokens]
     for t in group.trajectories:
-        if not np.array_equal(t.tokens[: len(prompt)], prompt):
-            raise ValueError("group: the prompts of its trajectories differ, expected one prompt")
-        if t.mask[: len(prompt)].any() or (t.versions[: len(prompt)] != NOT_SAMPLED).any():
+        if len(t.tokens) <= len(prompt) or not np.array_equal(t.tokens[: len(prompt)], prompt):
+            raise ValueError("group: got different prompts or an empty answer, expected answers to one prompt")
+        asked = slice(len(prompt))
+        if t.mask[asked].any() or t.logprobs[asked].any() or (t.versions[asked] != NOT_SAMPLED).any():
             raise ValueError("group: got loss or sampled tokens in the prompt, expected them after it")
 
     def answers(name: str) -> NDArray[Any]:
         return np.concatenate([getattr(t, name)[len(prompt) :] for t in group.trajectories])
 
-    versions, mask = answers("versions"), answers("mask")
+    versions, mask = answers("versions"), answers("mask").astype("<f4").tobytes()
     tokens = np.concatenate([prompt, answers("tokens")])
     return [
         tokens.astype("<i4").tobytes(),
         answers("logprobs").astype("<f4").tobytes(),
-        b"" if np.array_equal(mask, _plain_mask(versions)) else mask.astype("<f4").tobytes(),
+        b"" if mask == _plain_mask(versions).tobytes() else mask,
         _runs(versions).astype("<i4").tobytes(),
     ]
 
@@ -91,13 +97,16 @@ class GroupArrays:
     @property
     def min_version(self) -> int:
         """The oldest that sampled a token."""
-        return min(version for version in self.runs[0].tolist() if version != NOT_SAMPLED)
+        return int(self._sampled_runs[0].min())
 
     @property
     def num_sampled(self) -> int:
         """Tokens that a policy sampled."""
-        versions, lengths = self.runs.tolist()
-        return sum(length for version, length in zip(versions, lengths, strict=True) if version != NOT_SAMPLED)
+        return int(self._sampled_runs[1].sum())
+
+    @cached_property
+    def _sampled_runs(self) -> NDArray[np.int32]:
+        return self.runs[:, self.runs[0] != NOT_SAMPLED]
 
     @property
     def reward_sum(self) -> float:
@@ -134,6 +143,10 @@ def read_group(header: GroupHeader, frames: Sequence[Buffer], limits: GroupLimit
     """Views on the frames, checked. Raises WireError."""
     if len(header.trajectories) != limits.group_size:
         raise WireError(f"group: got {len(header.trajectories)} trajectories, expected {limits.group_size}")
+    if (num_bytes := BYTES_PER_TOKEN * sum(row.num_tokens for row in header.trajectories)) > limits.max_bytes:
+        raise WireError(
+            f"group: got {num_bytes} bytes in full, expected at most network.max_message_bytes, {limits.max_bytes}"
+        )
     arrays = view_arrays(header, frames)
     _check_values(arrays, limits)
     _check_versions(arrays, limits)
@@ -203,13 +216,12 @@ def _check_values(arrays: GroupArrays, limits: GroupLimits) -> None:
 
 def _check_versions(arrays: GroupArrays, limits: GroupLimits) -> None:
     """All exist, and a policy sampled something of every answer."""
-    versions = arrays.runs[0].tolist()
-    if not NOT_SAMPLED <= min(versions) <= max(versions) <= limits.max_version:
+    oldest, newest = int(arrays.runs[0].min()), int(arrays.runs[0].max())
+    if not NOT_SAMPLED <= oldest <= newest <= limits.max_version:
         raise WireError(
-            f"trajectory.versions: got {min(versions)} to {max(versions)}, expected {NOT_SAMPLED} to "
-            f"{limits.max_version}"
+            f"trajectory.versions: got {oldest} to {newest}, expected {NOT_SAMPLED} to {limits.max_version}"
         )
-    if NOT_SAMPLED not in versions:
+    if oldest > NOT_SAMPLED:
         return
     if not np.logical_or.reduceat(arrays.versions != NOT_SAMPLED, arrays.bounds[:-1]).all():
         raise WireError("trajectory.versions: got an answer without a sampled token, expected one in each")

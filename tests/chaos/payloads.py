@@ -141,12 +141,14 @@ class Payloads:
         return [self._chance.randbytes(self._chance.choice((0, 1, 7, 60, 900)))]
 
     def _nasty_shape(self) -> list[bytes]:
-        depth, prefix = self._chance.choice((50, 500, 20_000)), b"\x82\xa8protocol\x01\xa4kind"
+        depth, prefix = self._chance.choice((50, 500, 20_000)), b"\x82\xa8protocol" + bytes([PROTOCOL]) + b"\xa4kind"
         claim = struct.pack(">I", self._chance.choice((1 << 16, (1 << 32) - 1)))
         shapes = [
             b"\x91" * depth + b"\xc0",
             b"\x81\xa1x" * depth + b"\xc0",
             prefix + b"\x91" * depth + b"\xc0",
+            _pack({"protocol": PROTOCOL, "kind": "work_request", "held": _nested(min(depth, 500))}),
+            _pack({"protocol": PROTOCOL, "kind": "group", "trajectories": [{"reward": _nested(min(depth, 500))}] * 2}),
             prefix + b"\xdd" + claim,
             b"\xdf" + claim,
             b"\xdb" + claim + b"short",
@@ -196,3 +198,10 @@ class Payloads:
 
 def _pack(header: object) -> bytes:
     return bytes(msgpack.packb(header) or b"")
+
+
+def _nested(depth: int) -> object:
+    value: object = None
+    for _ in range(depth):
+        value = [value]
+    return value
