@@ -102,7 +102,7 @@ def run_wandb(service: WandbService, folder: Path, *arguments: str) -> None:
     }
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     done = subprocess.run(
-        [sys.executable, *arguments], env=inherited | account, capture_output=True, text=True, timeout=120,
+        [sys.executable, *arguments], cwd=folder, env=inherited | account, capture_output=True, text=True, timeout=120,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr + str(service.operations)
