@@ -117,6 +117,8 @@ def test_the_last_stated_answer_is_found(text: str, answer: str | None) -> None:
         ("1,234 or 1,2", "2"),
         ("it costs $1,234.50.", "1,234.50"),
         ("the 10th of 3 in v2", "3"),
+        ("it is 8cm long", "8"),
+        ("答案是5", "5"),
         ("see 1.2.3", None),
         ("none", None),
     ],

@@ -21,6 +21,7 @@ from common.weights.client import WeightClient
 from common.weights.server import WeightServer
 from common.wire.codec import encode
 from common.wire.connections import MAX_NEWCOMERS
+from common.wire.listener import pause_after
 from common.wire.messages import (
     ChunkRequest,
     Goodbye,
@@ -194,6 +195,10 @@ def test_a_link_keeps_to_half_of_what_may_be_unacknowledged(start: Callable[...,
         assert max(seen) == 200_000
 
     asyncio.run(send_much())
+
+
+def test_a_guard_looks_less_often_where_a_look_takes_longer_within_limits() -> None:
+    assert [round(pause_after(look_s), 6) for look_s in (0.0, 0.001, 0.002, 0.004, 1.0)] == [0.05, 0.05, 0.1, 0.2, 0.2]
 
 
 @pytest.mark.parametrize("has_keys", [False, True], ids=["open", "keyed"])

@@ -15,7 +15,9 @@ _SPACED_SIGN = re.compile(r"\s*([^\w\s])\s*")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _INTEGER = re.compile(r"[+-]?\d{1,50}")
 _DECIMAL = re.compile(r"[+-]?\d{0,50}\.\d{1,50}")
-_NUMBER = re.compile(r"(?<![\w.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,50})(?:\.\d{1,50})?(?!\w|\.\d)")
+_NUMBER = re.compile(
+    r"(?<![A-Za-z0-9_.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,50})(?:\.\d{1,50})?(?!\d|\.\d|st\b|nd\b|rd\b|th\b)"
+)
 _FRACTION = re.compile(r"([+-]?)(?:\\frac\{(\d{1,50})\}\{(\d{1,50})\}|(\d{1,50})/(\d{1,50}))")
 
 
@@ -38,7 +40,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number in decimal digits, with its sign; "7-5" ends in 5."""
+    """The last number in decimal digits, with a sign that touches it; "7-5" ends in 5, and "3/4" in 4."""
     numbers = _NUMBER.findall(text.replace("−", "-"))
     return numbers[-1].lstrip("+") if numbers else None
 

@@ -42,7 +42,7 @@ class Extraction(StrEnum):
     STATED = "stated"
     r"""In the last \boxed{…}, else where one is stated: "the answer is …", "#### …"."""
     LAST_NUMBER = "last_number"
-    """There, else the last number of the text: for models that answer in free sentences."""
+    """There, else the last number of the text, cut off or not: for models that answer in free sentences."""
 
 
 class MathProblems(Questions[MathTask]):

@@ -254,7 +254,9 @@ class Network(Section):
     allowed_keys: str = Field("", description="folder of the public keys let in; empty: the folder allowed/ in keys")
     allow_unauthenticated: bool = Field(False, description="without keys, serve other machines too: anyone may come in")
     max_connections: Positive = Field(256, description="peers that each of the learner's ports serves at a time")
-    max_message_bytes: Positive = Field(64 << 20, description="largest message that either side takes")
+    max_message_bytes: Positive = Field(
+        64 << 20, description="largest message that either side takes, and largest group in full"
+    )
     max_unacknowledged_bytes: Positive = Field(
         128 << 20, description="what the learner holds of one peer's unhandled messages; actors keep to half of it"
     )

@@ -30,9 +30,9 @@ EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILE
 MAX_PARTS = MAX_FRAMES + 1
 """Frames of a message with its routing id."""
 WATCH_S, MAX_WATCH_S = 0.05, 0.2
-"""Between two looks at every connection; a flood grows for this long at most before it is noticed."""
+"""Between two looks at every connection; what a flood brings within it, and within a look, is not noticed before."""
 LOOK_SHARE = 0.02
-"""Of the guard's time at most, within those limits: a look takes 2 ms for a thousand connections."""
+"""Of the guard's time, within those limits: a look takes 2 ms for a thousand connections."""
 SAY_S = 5.0
 """At most one line in the log per reason and this time, whatever arrives."""
 
@@ -187,7 +187,7 @@ class Listener:
                 if (began := time.monotonic()) > look_at:
                     self._look()
                     took_s = time.monotonic() - began
-                    look_at = began + took_s + min(max(took_s / LOOK_SHARE, WATCH_S), MAX_WATCH_S)
+                    look_at = began + took_s + pause_after(took_s)
 
     def _hear_events(self, *, until: float) -> bool:
         """Take over what libzmq reports, for a bounded time; False at the end."""
@@ -226,3 +226,8 @@ class Listener:
         also = f" ({num_unsaid} more like it before)" if num_unsaid else ""
         log.warning("%s: %s%s", self._purpose, line, also)
         self._said[reason] = now, 0
+
+
+def pause_after(look_s: float) -> float:
+    """Seconds to the next look, after one that took so long."""
+    return min(max(look_s / LOOK_SHARE, WATCH_S), MAX_WATCH_S)
