@@ -162,6 +162,8 @@ class Connections:
                 if not connection.is_admitted and not connection.is_closed_by_us:
                     self.closings[reason] += 1
                 connection.forget()
+            elif reason is Closing.AUTHENTICATION:  # gone before it could be looked at, but refused all the same
+                self.closings[reason] += 1
             return connection
 
     def of(self, descriptor: int) -> Connection:
