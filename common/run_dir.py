@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import pwd
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from common.errors import OperatorError
 EXPERT_STORE = "expert.sqlite"
 """Name of the expert store where `expert.path` is empty; demonstrations outlive the runs that they are used in."""
 DISK_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+RIGHTS_ERRORS = {errno.EACCES, errno.EPERM}
+ROOT, NOBODY = 0, 65534
 FULL_BYTES = 4 << 20
 """A disk with less room than this is taken for full."""
 
@@ -86,13 +89,27 @@ class RunDir:
         shutil.rmtree(self.final, ignore_errors=True)
 
     def create(self) -> None:
-        """Raises OperatorError where the disk refuses."""
+        """Raises OperatorError where the disk refuses, or the folder is another user's."""
+        self.require_own()
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OperatorError(
                 f"run.dir: {self.path}: {error.strerror}, expected a folder that can be written"
             ) from error
+
+    def require_own(self) -> None:
+        """Raises OperatorError for root in another user's run directory. Nobody's is a network's name for root's."""
+        if os.geteuid() != ROOT or not self.path.exists() or (owner := self.path.stat().st_uid) in (ROOT, NOBODY):
+            return
+        try:
+            name = pwd.getpwuid(owner).pw_name
+        except KeyError:
+            name = str(owner)
+        raise OperatorError(
+            f"run.dir: {self.path} belongs to the user {name}, got root, expected that user, who could not change what "
+            "root leaves there"
+        )
 
     def save_config(self, config: Config) -> None:
         """It appears by rename: a component that starts meanwhile reads the old one or the new one."""
@@ -102,7 +119,8 @@ class RunDir:
 
     @contextmanager
     def explains_bad_disk(self) -> Generator[None]:
-        """What goes wrong inside because the disk is full or failing becomes one line, whatever its writer says."""
+        """What goes wrong inside because the disk is full or failing, or the run is another user's, becomes one line,
+        whatever its writer says."""
         try:
             yield
         except OperatorError:
@@ -112,6 +130,11 @@ class RunDir:
                 raise OperatorError(
                     f"run.dir: {error.filename or self.path}: {error.strerror}, expected a disk that can be written"
                 ) from error
+            if isinstance(error, OSError) and error.errno in RIGHTS_ERRORS and self._holds(error.filename):
+                raise OperatorError(
+                    f"run.dir: {error.filename}: {error.strerror}, expected a run of the user who starts this "
+                    f"(user {os.geteuid()})"
+                ) from error
             free = shutil.disk_usage(self.path).free if self.path.exists() else FULL_BYTES
             if free >= FULL_BYTES:
                 raise
@@ -119,8 +142,14 @@ class RunDir:
                 f"run.dir: the disk of {self.path} is full ({free} bytes free), expected room"
             ) from error
 
+    def _holds(self, name: object) -> bool:
+        """Whether the file of that name is the run directory, or in it."""
+        return isinstance(name, str | Path) and Path(name).absolute().is_relative_to(self.path.absolute())
+
     def lock(self) -> int:
-        """Keep every other learner out until this process ends. Raises OperatorError where one is in."""
+        """Keep every other learner out until this process ends. Raises OperatorError where one is in, or the folder is
+        another user's."""
+        self.require_own()
         descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

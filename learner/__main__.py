@@ -57,12 +57,16 @@ def learner(
         print(Replay(RunDir(replay)).run())
         return
     resolved = resolve_or_check(config, overrides, check=check).config
+    run_dir = RunDir(Path(resolved.run.dir))
     if rewind is not None:
         from learner.rewind import rewind as rewind_run
 
-        print(rewind_run(resolved, RunDir(Path(resolved.run.dir)), rewind))
+        with run_dir.explains_bad_disk():
+            print(rewind_run(resolved, run_dir, rewind))
         return
-    _check_paths(resolved, resume=resume)
+    with run_dir.explains_bad_disk():
+        run_dir.require_own()
+        _check_paths(resolved, resume=resume)
     num_ranks, num_started = resolved.learner.num_ranks, int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1 and num_started == 1:
         start_ranks(resolved.learner, node_index, sys.argv[1:])
@@ -71,7 +75,7 @@ def learner(
     start_logging("learner")
     from learner.conductor import Conductor
 
-    with RunDir(Path(resolved.run.dir)).explains_bad_disk():
+    with run_dir.explains_bad_disk():
         conductor = Conductor(resolved)
         try:
             conductor.run()

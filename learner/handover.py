@@ -68,7 +68,7 @@ class Handover:
     def keep(self, snapshot: Snapshot) -> None:
         """Called with every version when it is written, before anybody else knows of it."""
         step, last = snapshot.version.step, self._config.sft_steps
-        if step > last or self.choice is not None or not (step == last or self._is_candidate(step)):
+        if not last or step > last or self.choice is not None or not (step == last or self._is_candidate(step)):
             return
         path = kept_policy(self._config, step)
         path.parent.mkdir(parents=True, exist_ok=True)

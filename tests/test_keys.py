@@ -53,6 +53,31 @@ def test_a_secret_key_is_never_readable_by_others_whatever_the_umask(tmp_path: P
     assert mode_of(tmp_path / "keys") == 0o700
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_public_keys_are_readable_by_a_learner_that_is_another_user_whatever_the_umask(
+    tmp_path: Path, umask: int
+) -> None:
+    folder = KeyFolder(tmp_path / "keys")
+    before = os.umask(umask)
+    try:
+        folder.create("a")
+        folder.allow("a", folder.public("a"))
+    finally:
+        os.umask(before)
+    public = [folder.path / "a.public", folder.allowed / "a.public"]
+    assert [mode_of(path) for path in public] == [0o644, 0o644]
+    assert (mode_of(folder.allowed), mode_of(folder.path / "a.secret")) == (0o755, 0o600)
+
+
+def test_a_folder_of_keys_that_is_none_is_named_in_one_line(tmp_path: Path) -> None:
+    for path in (tmp_path / "nope", Path(__file__)):
+        listed = chord_keys("list", path)
+        expected = f"chord-keys: {path}: got no folder, expected one of keys (see chord-keys create)\n"
+        assert (listed.returncode, listed.stdout, listed.stderr) == (2, "", expected)
+    with pytest.raises(OperatorError, match="Not a directory, expected a folder of keys that can be listed"):
+        KeyFolder(tmp_path, Path(__file__)).allowed_names()
+
+
 def test_an_existing_key_is_never_overwritten(tmp_path: Path) -> None:
     KeyFolder(tmp_path).create("a")
     secret = (tmp_path / "a.secret").read_bytes()

@@ -82,6 +82,15 @@ def test_a_peer_with_an_allowed_key_is_served_and_all_others_get_nothing(
     assert friend.deliver(lease).outcome is Outcome.COMMITTED
 
 
+def test_the_log_names_the_address_of_whoever_has_no_allowed_key(
+    start: Callable[..., Learner], meet: Callable[..., Peer], keys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = start(keys=keys)
+    assert is_deaf(meet(learner, "stranger", keys=of(keys, "stranger")))
+    line = "closed a connection from 127.0.0.1: its key is not allowed (see chord-keys list)"
+    wait_until(lambda: line in caplog.text)
+
+
 def test_a_peer_with_keys_says_nothing_to_a_learner_without(
     start: Callable[..., Learner], meet: Callable[..., Peer], keys: Path
 ) -> None:

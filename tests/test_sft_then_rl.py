@@ -5,9 +5,13 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from common.config.load import resolve_config
+from common.weights.snapshot import write_snapshot
+from learner.handover import Handover
+from learner.ledger.ledger import Ledger
 from learner.ranks import Ranks
 from learner.trainer import Trainer
 from tests.runs import LocalRun, audit, import_experts, read_lines, run_module, write_config
@@ -66,6 +70,18 @@ def test_nothing_is_leased_before_the_switch_and_all_of_it_is_trained_after_it(t
     assert steps == [(step, 2) for step in range(SFT_STEPS, NUM_STEPS)]
     report = audit(two_phases)
     assert (report["violations"], report["lost"], report["duplicates"]) == ([], 0, 0)
+
+
+def test_a_run_without_a_supervised_phase_keeps_no_policy_aside(tmp_path: Path) -> None:
+    config = resolve_config(None, ["model.path=m", f"run.dir={tmp_path}", "algorithm.preset=grpo"]).config
+    ledger = Ledger(tmp_path / "ledger.sqlite", groups_per_step=1, max_staleness=1)
+    tensors = {"x": torch.zeros(4)}
+    snapshot = write_snapshot(
+        tensors, tmp_path / "0.safetensors", run_id="", incarnation=0, step=0, chunk_bytes=1 << 20
+    )
+    Handover(config, ledger).keep(snapshot)
+    ledger.close()
+    assert not (tmp_path / "sft").exists()
 
 
 def test_both_phases_are_repeated_bit_for_bit(two_phases: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from common.command import new_command, run_command
+from common.errors import OperatorError
 from common.keys.folder import LEARNER, KeyFolder, check_name, read_public
 
 app = new_command("CURVE keys of a run's learner, actors and evaluators; a running learner takes changes over at once.")
@@ -52,6 +53,8 @@ def revoke(folder: FolderArgument, name: NameArgument) -> None:
 @app.command("list")
 def list_(folder: FolderArgument) -> None:
     """Names of the pairs that lie here and of the keys that are allowed."""
+    if not folder.is_dir():
+        raise OperatorError(f"{folder}: got no folder, expected one of keys (see chord-keys create)")
     keys = KeyFolder(folder)
     here, allowed = keys.names(), keys.allowed_names()
     for name in sorted({*here, *allowed}):

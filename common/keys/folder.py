@@ -17,7 +17,7 @@ from common.errors import OperatorError
 
 LEARNER = "learner"
 """Name of the learner's pair; every other name is a peer's."""
-SECRET_MODE = 0o600
+SECRET_MODE, PUBLIC_MODE = 0o600, 0o644
 ROOT = 0
 NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
 KEY_CHARACTERS = 40
@@ -63,18 +63,20 @@ class KeyFolder:
         public_key, secret_key = zmq.curve_keypair()
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write(secret, secret_key, SECRET_MODE)
-        _write(public, public_key, 0o644)
+        _write(public, public_key, PUBLIC_MODE)
 
     def allow(self, name: str, public_key: bytes) -> None:
         """Let the holder of `public_key` in as `name`."""
         check_name(name)
         if name == LEARNER:
             raise OperatorError(f"{self.allowed}: got the name {LEARNER}, expected that of an actor or evaluator")
-        self.allowed.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.allowed.exists():
+            self.allowed.mkdir(mode=0o700, parents=True)
+            self.allowed.chmod(0o755)  # whatever the umask: a learner that is another user lists it
         path = self.allowed / f"{name}.public"
         if path.exists():
             raise OperatorError(f"{path}: got a key that is allowed already, expected a new name (revoke it first)")
-        _write(path, public_key, 0o644)
+        _write(path, public_key, PUBLIC_MODE)
 
     def revoke(self, name: str) -> None:
         """Let the key `name` in no more; a learner that runs closes its connections within a second."""
@@ -93,10 +95,10 @@ class KeyFolder:
 
     def names(self) -> list[str]:
         """Of the pairs whose secret half lies here."""
-        return sorted(path.stem for path in self.path.glob("*.secret"))
+        return _stems(self.path, ".secret")
 
     def allowed_names(self) -> list[str]:
-        return sorted(path.stem for path in self.allowed.glob("*.public"))
+        return _stems(self.allowed, ".public")
 
     def _secret(self, name: str) -> Path:
         return self.path / f"{name}.secret"
@@ -146,11 +148,23 @@ def check_name(name: str) -> None:
         raise OperatorError(f"key name: got {name!r}, expected 1 to 32 letters, digits, '_' or '-' (no dot)")
 
 
+def _stems(folder: Path, suffix: str) -> list[str]:
+    """Of the files there that end so; none where there is no such folder. Raises OperatorError."""
+    try:
+        return sorted(path.stem for path in map(Path, os.listdir(folder)) if path.suffix == suffix)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OperatorError(f"{folder}: {error.strerror}, expected a folder of keys that can be listed") from error
+
+
 def _write(path: Path, key: bytes, mode: int) -> None:
-    """With `mode` from its very creation, so that nobody can open the file in between."""
+    """With `mode` at most from its very creation, so that nobody can open the file in between, and then with all of
+    it: a umask must not keep a public key from a learner that is another user."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
             file.write(key + b"\n")
             file.flush()
             os.fsync(file.fileno())

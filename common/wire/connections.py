@@ -67,6 +67,8 @@ class Connection:
 
     socket: "socket.socket | None"
     """Our own descriptor of it; None where it was gone before it could be looked at."""
+    host: str = ""
+    """The peer's address, for as long as anybody speaks of the connection; empty where it was gone."""
     key: bytes = b""
     """Z85 of the peer's public key, known from its first message on."""
     is_admitted: bool = False
@@ -83,12 +85,9 @@ class Connection:
         return self.socket is not None and not self.is_closed_by_us
 
     @property
-    def host(self) -> str:
-        """The peer's address; empty where the connection has ended."""
-        try:
-            return self.socket.getpeername()[0] if self.socket else ""
-        except OSError:
-            return ""
+    def origin(self) -> str:
+        """For a line of the log."""
+        return f" from {self.host}" if self.host else ""
 
     def received_bytes(self) -> int:
         """What it has brought so far, as the kernel counts."""
@@ -151,13 +150,15 @@ class Connections:
             known.forget()
         if fresh is None:
             return None
-        self._table[descriptor] = connection = Connection(fresh)
+        self._table[descriptor] = connection = Connection(fresh, _host(fresh))
         return connection
 
     def end(self, descriptor: int, reason: Closing = Closing.HANDSHAKE) -> Connection | None:
         """libzmq has let go of a connection; `reason` counts where it was still a newcomer."""
         with self._lock:
             connection = self._table.pop(descriptor, None)
+            if connection is None and reason is not Closing.HANDSHAKE:  # gone before anybody had looked at it
+                self.closings[reason] += 1
             if connection:
                 if not connection.is_admitted and not connection.is_closed_by_us:
                     self.closings[reason] += 1
@@ -235,6 +236,13 @@ def _duplicate(descriptor: int, port: int) -> "socket.socket | None":
         pass
     own.close()
     return None
+
+
+def _host(own: "socket.socket") -> str:
+    try:
+        return str(own.getpeername()[0])
+    except OSError:
+        return ""
 
 
 def _address(some: "socket.socket | None") -> object:

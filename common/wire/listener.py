@@ -156,7 +156,7 @@ class Listener:
     def expel(self, connection: Connection, reason: Closing, why: str) -> None:
         """Close a connection."""
         if self._connections.close(connection, reason):
-            self.say(reason, f"closed a connection: {why}")
+            self.say(reason, f"closed a connection{connection.origin}: {why}")
 
     def close(self) -> None:
         """Called by the thread that uses the socket."""
@@ -199,19 +199,24 @@ class Listener:
                 self._connections.accept(value)
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 self._ending = Closing.AUTHENTICATION
-                self.say(self._ending, "closed a connection: its key is not allowed (see chord-keys list)")
             else:
-                self._connections.end(value, self._ending)
+                self._end(value, self._ending)
                 self._ending = Closing.HANDSHAKE
         return True
+
+    def _end(self, descriptor: int, reason: Closing) -> None:
+        connection = self._connections.end(descriptor, reason)
+        if reason is Closing.AUTHENTICATION:
+            origin = connection.origin if connection else ""
+            self.say(reason, f"closed a connection{origin}: its key is not allowed (see chord-keys list)")
 
     def _look(self) -> None:
         for connection, reason in self._connections.inspect(self._is_allowed):
             if reason is Closing.REVOKED:
-                self.say(reason, "closed a connection: its key is no longer allowed")
+                self.say(reason, f"closed a connection{connection.origin}: its key is no longer allowed")
             else:
                 limit = "max_unacknowledged_bytes" if connection.is_admitted else "a greeting"
-                self.say(reason, f"closed a connection: it sent more than {limit} without a pause")
+                self.say(reason, f"closed a connection{connection.origin}: it sent more than {limit} without a pause")
 
     def _is_allowed(self, key: bytes) -> bool:
         return self._keys is None or self._keys.allowed.name_of(key) is not None

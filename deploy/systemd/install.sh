@@ -4,7 +4,8 @@
 #     install.sh [--build VENV | --program VENV] [--gpu]
 #     install.sh uninstall
 #
-# --build VENV    make a virtual environment from this checkout first (takes a package index and a few minutes)
+# --build VENV    make a virtual environment from this checkout first (takes a package index and a few minutes); where
+#                 there is nvidia-smi it gets the GPU build of vLLM, as with --gpu, else the CPU build
 # --program VENV  put the commands of an existing one into PREFIX/bin: which version runs is which one is linked
 # --gpu           let the units reach NVIDIA GPUs
 #
@@ -22,7 +23,7 @@ bin=$root$prefix/bin
 etc=$root/etc/chord-rl
 gpu=$root/etc/systemd/system/chord-.service.d/gpu.conf
 state=$root/var/lib/chord-rl
-commands="chord-learner chord-actor chord-eval chord-expert chord-keys chord-audit chord-local"
+commands="chord-learner chord-actor chord-eval chord-expert chord-keys chord-audit chord-report chord-local"
 services="chord-learner.service chord-actor@.service chord-eval.service"
 
 fail() {
@@ -34,25 +35,50 @@ on_this_system() { # run a command unless a folder stands in for the system
     [ -n "$root" ] || "$@"
 }
 
+on_a_booted_system() { # what asks systemd itself, which an image that is being built does not run
+    [ -n "$root" ] || [ ! -d /run/systemd/system ] || "$@"
+}
+
+is_hidden() { # from the units, by their sandbox
+    case $1 in
+        /home/* | /root/* | /run/user/* | /tmp/*) true ;;
+        *) false ;;
+    esac
+}
+
+check_place() {
+    ! is_hidden "$1" || fail "$option: got $1, expected a folder that the sandbox can see, such as /opt/chord-rl/0.1.0"
+    case $1 in
+        /*) ;;
+        *) fail "$option: got $1, expected an absolute path" ;;
+    esac
+}
+
+check_python() { # a virtual environment is a link to a Python that lies elsewhere
+    python=$(readlink -f "$root$1/bin/python" || true)
+    [ -z "$root" ] || python=${python#"$(readlink -f "$root")"}
+    ! is_hidden "$python" || fail "$option: $1 runs $python, expected a Python that the sandbox can see, such as /usr/bin/python3"
+}
+
 build() {
     [ -z "$root" ] || fail "--build: got DESTDIR, expected it without: build VENV first, then give --program"
     extra=cpu
     [ -z "$has_gpu" ] || extra=gpu
     python3 -m venv "$1"
-    # As the Makefile does: torch first and exactly, and no torchvision that does not fit it.
+    check_python "$1"
+    # As the Makefile does: torch first and exactly, on without vLLM, and no torchvision that does not fit.
     "$1/bin/python" -m pip install --quiet torch==2.13.0
-    "$1/bin/python" -m pip install --quiet "$here/../..[$extra,demo]"
+    "$1/bin/python" -m pip install --quiet "$here/../..[$extra,demo]" || {
+        echo "vLLM does not install here: going on without it, actors will use the transformers engine"
+        "$1/bin/python" -m pip install --quiet "$here/../..[demo]"
+    }
     "$1/bin/python" -W ignore -c "import torchvision" 2> /dev/null ||
         "$1/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 }
 
 link_commands() {
-    case $1 in
-        /home/* | /root/* | /run/user/* | /tmp/*) fail "--program: got $1, expected a folder that the sandbox can see, such as /opt/chord-rl/0.1.0" ;;
-        /*) ;;
-        *) fail "--program: got $1, expected an absolute path" ;;
-    esac
     [ -x "$root$1/bin/chord-learner" ] || fail "--program: got $1, expected a virtual environment with bin/chord-learner"
+    check_python "$1"
     mkdir -p "$bin"
     for command in $commands; do
         ln -sfn "$1/bin/$command" "$bin/$command"
@@ -96,8 +122,9 @@ remove_empty() {
 }
 
 uninstall() {
+    program=$(readlink "$bin/chord-learner" || true)
     if [ -e "$units/chord.target" ]; then
-        on_this_system systemctl stop chord.target "chord-*.service"
+        on_a_booted_system systemctl stop chord.target "chord-*.service"
         # shellcheck disable=SC2086
         systemctl ${root:+"--root=$root"} --quiet disable chord.target $services
     fi
@@ -114,21 +141,31 @@ uninstall() {
     done
     remove_empty "$units/chord-.service.d" "$(dirname "$gpu")" "$etc/keys/allowed" "$etc/keys" "$etc" \
         "$state/learner" "$state/models" "$state"
-    on_this_system systemctl daemon-reload
-    echo "removed; what is yours stays: $etc, $state and the user chord-rl"
+    on_a_booted_system systemctl daemon-reload
+    stays=""
+    for folder in "$etc" "$state" "$root/var/cache/chord-rl" ${program:+"$root${program%/bin/*}"}; do
+        [ ! -e "$folder" ] || stays="$stays $folder,"
+    done
+    if [ -z "$root" ] && id chord-rl > /dev/null 2>&1; then stays="$stays the user chord-rl,"; fi
+    echo "removed${stays:+; what is yours stays:${stays%,}}"
 }
 
-venv="" has_build="" has_gpu="" verb=install
+venv="" option="" has_build="" has_gpu="" verb=install
 while [ $# -gt 0 ]; do
     case $1 in
         --build | --program)
             [ $# -gt 1 ] || fail "$1: got no folder, expected one"
             [ "$1" = --program ] || has_build=yes
+            option=$1
             venv=$2
             shift
             ;;
         --gpu) has_gpu=yes ;;
         uninstall) verb=uninstall ;;
+        -h | --help)
+            sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+            exit
+            ;;
         *) fail "got $1, expected --build VENV, --program VENV, --gpu or uninstall" ;;
     esac
     shift
@@ -139,9 +176,13 @@ if [ $verb = uninstall ]; then
     uninstall
     exit
 fi
-[ -z "$has_build" ] || build "$venv"
+[ -z "$venv" ] || check_place "$venv"
+if [ -n "$has_build" ]; then
+    ! command -v nvidia-smi > /dev/null || has_gpu=yes
+    build "$venv"
+fi
 [ -z "$venv" ] || link_commands "$venv"
 install_units
 install_configuration
-on_this_system systemctl daemon-reload
+on_a_booted_system systemctl daemon-reload
 echo "installed: units in $units, configuration in $etc"

@@ -55,7 +55,9 @@ def view(root: Path) -> list[str]:
 
 def run_command(root: Path, line: str, *, timeout_s: float = 120) -> str:
     """What an operator types, run by a shell that takes `root` for the system; returns what it printed."""
-    folders = [word for name in ("etc/chord-rl", "var", "opt") for word in ("--bind", str(root / name), f"/{name}")]
+    folders = [
+        word for name in ("etc/chord-rl", "var", "opt", "mnt") for word in ("--bind", str(root / name), f"/{name}")
+    ]
     done = subprocess.run(
         [*view(root), *folders, "--chdir", str(ROOT), "sh", "-euc", line], capture_output=True, text=True,
         timeout=timeout_s, env={**ENVIRONMENT, "HOME": "/var"}, check=False,

@@ -55,7 +55,7 @@ class LabMachine:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.root = folder / "root"
-        self.root.mkdir()
+        (self.root / "mnt").mkdir(parents=True)  # the backups' disk
         self._folder = folder
         self._model = model
         self.managers: dict[str, Manager] = {}
@@ -67,6 +67,7 @@ class LabMachine:
         - install.sh gets DESTDIR, and what it would build lies there already;
         - the demo's model is a tiny one;
         - systemctl enables in the root, and starts and stops processes of this test's;
+        - the checkout stays at its version;
         - there is one user.
         """
         match line.split():
@@ -93,6 +94,8 @@ class LabMachine:
                 self.check_signs()
             case ["journalctl", *_]:
                 self.check_logs()
+            case ["git", *_]:
+                pass
             case _:
                 run_command(self.root, line.replace("runuser -u chord-rl -- ", ""))
 
@@ -220,6 +223,14 @@ def test_readme_leads_from_an_empty_root_to_a_run_that_is_upgraded_restored_and_
     ]  # fmt: skip
     machine.do("systemctl stop chord.target")
     machine.do("chord-audit /var/lib/chord-rl/learner/runs/first")
-    assert sorted(path.name for path in (machine.root / "var/lib/chord-rl").iterdir()) == [
-        "actor-0", "actor-1", "actor-2", "evaluator", "learner", "learner-backup", "learner-broken", "models",
-    ]  # fmt: skip
+    folders = sorted(path.name for path in (machine.root / "var/lib/chord-rl").iterdir())
+    (broken,) = [name for name in folders if name.startswith("learner-broken-")]
+    assert folders == ["actor-0", "actor-1", "actor-2", "evaluator", "learner", broken, "models"]
+    (backup,) = (machine.root / "mnt/backup/chord-rl").iterdir()
+    assert backup.stat().st_mode & 0o777 == 0o700
+    assert sorted(path.name for path in backup.iterdir()) == ["etc", "learner"]
+    assert {"ledger.sqlite", "checkpoints"} <= {path.name for path in (backup / "learner/runs/first").iterdir()}
+    assert (backup / "etc/run.toml").exists()
+    assert not (machine.root / "var/lib/chord-rl/learner/learner").exists(), (
+        "a copy went into a folder, not to its name"
+    )

@@ -139,6 +139,7 @@ def test_another_prefix_is_where_commands_and_units_go(root: Path) -> None:
         (["--program", "venv"], "--program: got venv, expected an absolute path"),
         (["--program", "/home/me/venv"], "expected a folder that the sandbox can see, such as /opt/chord-rl/0.1.0"),
         (["--program", "/opt/none"], "--program: got /opt/none, expected a virtual environment with bin/chord-learner"),
+        (["--build", "venv"], "--build: got venv, expected an absolute path"),
         (["--build", "/opt/new"], "--build: got DESTDIR, expected it without: build VENV first, then give --program"),
     ],
 )  # fmt: skip
@@ -152,6 +153,12 @@ def test_a_mistake_is_one_line_and_installs_nothing(root: Path, words: list[str]
     assert done.stderr.startswith("install.sh: ")
     assert done.stderr.endswith(f"{line}\n")
     assert tree(root) == before
+
+
+def test_every_command_is_linked(root: Path) -> None:
+    install(root, "--program", VENV)
+    linked = {path.name for path in (root / "usr/local/bin").iterdir()}
+    assert linked == {path.name for path in (root / VENV.lstrip("/") / "bin").iterdir()}
 
 
 def test_the_script_builds_with_the_torch_that_make_builds_with() -> None:
