@@ -1,6 +1,7 @@
 """deploy/docker: the image's Dockerfile, and the compose file with everything."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -154,6 +155,27 @@ def test_every_container_of_compose_has_no_more_rights_than_it_needs(compose: di
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", ()))
         assert re.search(r":v?\d+\.\d+\.\d+", service["image"])
+
+
+def test_an_index_of_cpu_builds_reaches_the_build(compose: dict[str, Any]) -> None:
+    assert "PIP_EXTRA_INDEX_URL=… docker compose" in (DOCKER / "compose.yml").read_text()
+    command = [TOOLS / "docker-compose", "--file", DOCKER / "compose.yml", "config", "--format", "json"]
+    environment = {**os.environ, "PIP_EXTRA_INDEX_URL": "https://example.org/cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    for name, service in json.loads(done.stdout)["services"].items():
+        if "build" in compose["services"][name]:
+            assert service["build"]["args"]["PIP_EXTRA_INDEX_URL"] == "https://example.org/cpu"
+    (stage,) = re.findall(r"^FROM base AS build\n(.*?)^FROM ", dockerfile(), re.MULTILINE | re.DOTALL)
+    assert "ARG PIP_EXTRA_INDEX_URL=\n" in stage
+
+
+def test_prometheus_of_compose_is_that_of_a_lab_machine_without_an_alertmanager(compose: dict[str, Any]) -> None:
+    mounted = {volume["target"]: volume["source"] for volume in compose["services"]["prometheus"]["volumes"]}
+    path = Path(mounted["/etc/prometheus/prometheus.yml"])
+    ours, other = (yaml.safe_load(one.read_text()) for one in (path, ROOT / "deploy/prometheus/prometheus.yml"))
+    del other["alerting"]
+    assert ours == other
+    assert not any("alertmanager" in service["image"] for service in compose["services"].values())
 
 
 def test_prometheus_and_grafana_find_what_compose_starts(compose: dict[str, Any]) -> None:
