@@ -74,3 +74,12 @@ def test_a_learner_that_is_down_silences_what_follows_from_it_and_critical_alert
     routes = ("amtool", "config", "routes", "test", f"--config.file={config}")
     for severity, receiver in (("critical", "page"), ("warning", "ticket"), ("info", "nobody")):
         assert run(*routes, f"severity={severity}", "run=demo").split() == [receiver]
+    (rule,) = yaml.safe_load(config.read_text())["inhibit_rules"]
+    assert rule == {
+        "source_matchers": ['alertname="ChordLearnerDown"'],
+        "target_matchers": ['alertname=~"Chord.+"', 'alertname!="ChordLearnerDown"'],
+        "equal": ["run"],  # another run's alerts are not silenced
+    }
+    names = {alert.name for alert in alerts()}
+    assert "ChordLearnerDown" in names
+    assert all(re.fullmatch("Chord.+", name) for name in names)

@@ -23,6 +23,8 @@ every_cluster = pytest.mark.parametrize("name", CLUSTERS)
 OLDEST_RELEASE = "1.28"
 LARGEST_GOODBYE_S = 15
 """From the end of a drain to the end of the process."""
+WEIGHTS_GB = {"cpu": 0.3, "single-gpu": 3.1, "multi-node": 15.2}
+"""Of the model that the overlay's chord.toml names, in bfloat16."""
 
 
 def test_every_kustomization_builds() -> None:
@@ -209,6 +211,20 @@ def test_every_key_is_mounted_where_and_as_its_user_takes_it(name: str) -> None:
         else:
             (peer_id,) = [word.removeprefix("--name=") for word in pod.command() if word.startswith("--name=")]
             assert key_name_of(peer_id) == key
+
+
+def test_actors_are_not_scaled_down_for_want_of_a_number() -> None:
+    (scaler,) = of_kind(CLUSTERS["example"], "ScaledObject")
+    (trigger,) = scaler["spec"]["triggers"]
+    assert trigger["metadata"]["ignoreNullValues"] == "false"
+
+
+def test_whoever_samples_has_memory_for_the_weights_twice() -> None:
+    """Once in the engine, and once more as they are fetched, patched and loaded."""
+    for name, weights_gb in WEIGHTS_GB.items():
+        for pod in pods(CLUSTERS[name], "chord-actor") + pods(CLUSTERS[name], "chord-eval"):
+            limit_gib = int(pod.main["resources"]["limits"]["memory"].removesuffix("Gi"))
+            assert limit_gib * 2**30 >= 2 * weights_gb * 10**9, (name, pod.name)
 
 
 def test_a_change_of_configuration_starts_pods_anew() -> None:
