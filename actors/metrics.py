@@ -9,7 +9,7 @@ from actors.engine import Pressure
 from common.metrics import Reading
 from common.wire.messages import ActorState, Outcome
 
-GROUP_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+GROUP_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 WEIGHT_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 STATES = tuple(state for state in ActorState if state is not ActorState.GONE)
 

@@ -98,6 +98,10 @@ def readings_of(host: "Host", config: Config) -> list[Reading]:
             lambda: newest.written_at if (newest := newest_checkpoint(host)) else None,
         ),
         Reading(
+            gauge, "chord_checkpoint_interval_steps", "Optimizer steps from one checkpoint to the next.",
+            lambda: config.learner.checkpoint_every_steps,
+        ),
+        Reading(
             gauge, "chord_run_disk_free_bytes", "Room left on the disk of run.dir.",
             lambda: shutil.disk_usage(host.run_dir.path).free,
         ),

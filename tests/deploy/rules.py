@@ -1,6 +1,8 @@
-"""The rules of `deploy/prometheus/`, as they lie there."""
+"""The rules of `deploy/prometheus/`, and those that a cluster has beside them, as they lie there."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -8,6 +10,7 @@ import yaml
 from tests.deploy.tools import ROOT
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
+OF_CLUSTERS = ROOT / "deploy" / "kubernetes" / "components" / "monitoring" / "kube_state.yml"
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class Rule:
     annotations: dict[str, str] = field(default_factory=dict)
 
 
-def _rules(kind: str) -> list[Rule]:
-    files = [yaml.safe_load(path.read_text()) for path in sorted((PROMETHEUS / "rules").glob("*.yml"))]
+def _rules(kind: str, paths: Iterable[Path]) -> list[Rule]:
+    files = [yaml.safe_load(path.read_text()) for path in paths]
     found: list[dict[str, Any]] = [rule for file in files for group in file["groups"] for rule in group["rules"]]
     return [
         Rule(rule[kind], rule["expr"], rule.get("labels", {}), rule.get("annotations", {}))
@@ -30,8 +33,13 @@ def _rules(kind: str) -> list[Rule]:
 
 
 def alerts() -> list[Rule]:
-    return _rules("alert")
+    return _rules("alert", sorted((PROMETHEUS / "rules").glob("*.yml")))
+
+
+def cluster_alerts() -> list[Rule]:
+    """Of what Kubernetes alone knows."""
+    return _rules("alert", [OF_CLUSTERS])
 
 
 def recordings() -> list[Rule]:
-    return _rules("record")
+    return _rules("record", sorted((PROMETHEUS / "rules").glob("*.yml")))

@@ -8,7 +8,7 @@ import yaml
 
 from tests.deploy.boards import dashboards, panels
 from tests.deploy.promql import metrics_of
-from tests.deploy.rules import PROMETHEUS, alerts, recordings
+from tests.deploy.rules import OF_CLUSTERS, PROMETHEUS, alerts, cluster_alerts, recordings
 from tests.deploy.tools import ROOT
 
 CASES = sorted((ROOT / "tests" / "deploy" / "rules").glob("*.yml"))
@@ -26,9 +26,10 @@ def run(*command: object) -> str:
 def test_promtool_finds_no_fault_in_configuration_and_rules() -> None:
     said = run("promtool", "check", "config", "--lint=all", "--lint-fatal", PROMETHEUS / "prometheus.yml")
     assert "WARNING" not in said
-    rules = sorted((PROMETHEUS / "rules").glob("*.yml"))
+    rules = [*sorted((PROMETHEUS / "rules").glob("*.yml")), OF_CLUSTERS]
     said = run("promtool", "check", "rules", "--lint=all", "--lint-fatal", *rules)
-    assert sum(map(int, re.findall(r"SUCCESS: (\d+) rules found", said))) == len(alerts()) + len(recordings())
+    num_rules = len(alerts()) + len(cluster_alerts()) + len(recordings())
+    assert sum(map(int, re.findall(r"SUCCESS: (\d+) rules found", said))) == num_rules
 
 
 def test_every_alert_fires_where_it_must_and_nowhere_else() -> None:
@@ -39,18 +40,18 @@ def test_every_alert_fires_where_it_must_and_nowhere_else() -> None:
         for case in yaml.safe_load(path.read_text())["tests"]:
             for asked in case["alert_rule_test"]:
                 (fires if asked["exp_alerts"] else is_silent)[asked["alertname"]] += 1
-    names = {alert.name for alert in alerts()}
+    names = {alert.name for alert in alerts() + cluster_alerts()}
     assert set(fires) == names
     assert set(is_silent) == names
 
 
 def test_every_alert_says_how_urgent_it_is_and_leads_to_its_runbook() -> None:
-    for alert in alerts():
+    for alert in alerts() + cluster_alerts():
         assert alert.labels["severity"] in {"critical", "warning", "info"}, alert.name
         assert set(alert.annotations) == {"summary", "description", "runbook_url"}, alert.name
         assert alert.annotations["runbook_url"] == f"deploy/RUNBOOKS.md#{alert.name.lower()}"
         assert all(f"**{part}.**" in SECTIONS[alert.name] for part in PARTS), alert.name
-    assert list(SECTIONS) == [alert.name for alert in alerts()]
+    assert list(SECTIONS) == [alert.name for alert in alerts() + cluster_alerts()]
 
 
 def test_runbooks_name_panels_that_there_are() -> None:
@@ -74,3 +75,12 @@ def test_a_learner_that_is_down_silences_what_follows_from_it_and_critical_alert
     routes = ("amtool", "config", "routes", "test", f"--config.file={config}")
     for severity, receiver in (("critical", "page"), ("warning", "ticket"), ("info", "nobody")):
         assert run(*routes, f"severity={severity}", "run=demo").split() == [receiver]
+    (rule,) = yaml.safe_load(config.read_text())["inhibit_rules"]
+    assert rule == {
+        "source_matchers": ['alertname="ChordLearnerDown"'],
+        "target_matchers": ['alertname=~"Chord.+"', 'alertname!="ChordLearnerDown"'],
+        "equal": ["run"],  # another run's alerts are not silenced
+    }
+    names = {alert.name for alert in alerts()}
+    assert "ChordLearnerDown" in names
+    assert all(re.fullmatch("Chord.+", name) for name in names)

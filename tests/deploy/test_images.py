@@ -1,6 +1,7 @@
 """deploy/docker: the image's Dockerfile, and the compose file with everything."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from common.config.load import resolve_config
 from tests.deploy.checkov import findings
 from tests.deploy.manifests import CLUSTERS, pods
+from tests.deploy.pins import IMAGE, TARGETS, Unresolved, path_of, pins, resolve
 from tests.deploy.test_kubernetes import MODULES
 from tests.deploy.tools import ROOT, TOOLS
 
@@ -41,16 +44,36 @@ def test_checkov_finds_nothing(tmp_path: Path) -> None:
     assert findings("dockerfile", tmp_path) == []
 
 
-def test_every_version_is_pinned_within_what_the_project_asks_for() -> None:
-    lines = [line for line in (DOCKER / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    pinned = dict(line.split("==") for line in lines)
-    extras = PROJECT["optional-dependencies"]
-    for wanted in map(Requirement, [*PROJECT["dependencies"], *extras["cpu"], *extras["gpu"]]):
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_version_is_pinned_within_what_the_project_asks_for(target: str) -> None:
+    pinned = dict(line.split("==") for line in pins(target))
+    for wanted in map(Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"][target]]):
         assert wanted.specifier.contains(pinned[wanted.name.lower()]), wanted
+    (stage,) = re.findall(rf"^FROM build AS build-{target}\n(.*?)(?=^FROM |\Z)", dockerfile(), re.MULTILINE | re.DOTALL)
+    assert f"COPY deploy/docker/{path_of(target).name} constraints.txt\n" in stage
+    assert f'RUN pip install ".[{target}]"' in stage
+    assert "PIP_CONSTRAINT=/build/constraints.txt" in dockerfile()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_pinned_can_be_installed_and_is_all_that_would_be(target: str) -> None:
+    try:
+        resolved = resolve(target)
+    except Unresolved as error:
+        if target == "cpu" and "no version of torch==" in str(error):
+            pytest.skip("no index at hand has PyTorch's CPU build: name one in PIP_EXTRA_INDEX_URL")
+        raise
+    assert resolved == pins(target)
+
+
+def test_the_base_of_the_images_is_a_python_that_the_project_takes() -> None:
     bases = re.findall(r"^FROM (\S+)", dockerfile(), re.MULTILINE)
-    assert [base for base in bases if ":" in base] == ["python:3.11.14-slim-bookworm"]
-    (python,) = [base.split(":")[1] for base in bases if ":" in base]
-    assert python.split("-")[0].rpartition(".")[0] in PROJECT["requires-python"]
+    (python,) = [base.partition("@")[0] for base in bases if ":" in base]
+    image, _, tag = python.partition(":")
+    assert (image, tag.partition("-")[2]) == ("python", "slim-bookworm")
+    release = tag.partition("-")[0]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(release)
+    assert release.rpartition(".")[0] in IMAGE
 
 
 def test_the_build_is_given_what_it_copies_and_nothing_else() -> None:
@@ -132,6 +155,27 @@ def test_every_container_of_compose_has_no_more_rights_than_it_needs(compose: di
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", ()))
         assert re.search(r":v?\d+\.\d+\.\d+", service["image"])
+
+
+def test_an_index_of_cpu_builds_reaches_the_build(compose: dict[str, Any]) -> None:
+    assert "PIP_EXTRA_INDEX_URL=… docker compose" in (DOCKER / "compose.yml").read_text()
+    command = [TOOLS / "docker-compose", "--file", DOCKER / "compose.yml", "config", "--format", "json"]
+    environment = {**os.environ, "PIP_EXTRA_INDEX_URL": "https://example.org/cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    for name, service in json.loads(done.stdout)["services"].items():
+        if "build" in compose["services"][name]:
+            assert service["build"]["args"]["PIP_EXTRA_INDEX_URL"] == "https://example.org/cpu"
+    (stage,) = re.findall(r"^FROM base AS build\n(.*?)^FROM ", dockerfile(), re.MULTILINE | re.DOTALL)
+    assert "ARG PIP_EXTRA_INDEX_URL=\n" in stage
+
+
+def test_prometheus_of_compose_is_that_of_a_lab_machine_without_an_alertmanager(compose: dict[str, Any]) -> None:
+    mounted = {volume["target"]: volume["source"] for volume in compose["services"]["prometheus"]["volumes"]}
+    path = Path(mounted["/etc/prometheus/prometheus.yml"])
+    ours, other = (yaml.safe_load(one.read_text()) for one in (path, ROOT / "deploy/prometheus/prometheus.yml"))
+    del other["alerting"]
+    assert ours == other
+    assert not any("alertmanager" in service["image"] for service in compose["services"].values())
 
 
 def test_prometheus_and_grafana_find_what_compose_starts(compose: dict[str, Any]) -> None:

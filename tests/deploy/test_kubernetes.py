@@ -2,19 +2,23 @@
 
 import json
 import re
+import shutil
 import stat
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from common.keys.folder import LEARNER, forbidden_bits, key_name_of
 from common.keys.folder import ROOT as ROOT_USER
 from learner.launch import SHUTDOWN_S, placement
 from tests.deploy.checkov import findings
 from tests.deploy.manifests import CLUSTERS, KUBERNETES, WORKLOADS, build, documents, learner, of_kind, pods, policies
+from tests.deploy.rules import alerts, cluster_alerts
 from tests.deploy.tools import ROOT, TOOLS
 
 PYTHON = TOOLS / "python" / "bin"
@@ -23,6 +27,8 @@ every_cluster = pytest.mark.parametrize("name", CLUSTERS)
 OLDEST_RELEASE = "1.28"
 LARGEST_GOODBYE_S = 15
 """From the end of a drain to the end of the process."""
+WEIGHTS_GB = {"cpu": 0.3, "single-gpu": 3.1, "multi-node": 15.2}
+"""Of the model that the overlay's chord.toml names, in bfloat16."""
 
 
 def test_every_kustomization_builds() -> None:
@@ -66,6 +72,37 @@ def test_the_rules_are_those_of_prometheus() -> None:
     code = "import write_rules, sys; sys.stdout.write(write_rules.rules())"
     done = subprocess.run([sys.executable, "-c", code], cwd=written, capture_output=True, text=True, check=True)
     assert (written / "rules.yaml").read_text() == done.stdout, "run write_rules.py"
+
+
+def test_rules_lead_to_where_browsers_find_the_runbooks(tmp_path: Path) -> None:
+    for folder in ("prometheus", "kubernetes/components/monitoring"):
+        shutil.copytree(ROOT / "deploy" / folder, tmp_path / "deploy" / folder)
+    written = tmp_path / "deploy" / "kubernetes" / "components" / "monitoring"
+    url = "https://example.org/chord-rl/RUNBOOKS.md"
+    subprocess.run([sys.executable, written / "write_rules.py", "--runbooks", url], check=True)
+    document = yaml.safe_load((written / "rules.yaml").read_text())
+    found = [rule for group in document["spec"]["groups"] for rule in group["rules"] if "alert" in rule]
+    assert len(found) == len(alerts() + cluster_alerts())
+    assert {rule["annotations"]["runbook_url"] for rule in found} == {f"{url}#{r['alert'].lower()}" for r in found}
+
+
+def test_the_label_that_kube_prometheus_stack_looks_for_reaches_what_it_reads(tmp_path: Path) -> None:
+    handbook = (ROOT / "deploy" / "README.md").read_text()
+    (lines,) = re.findall(r"```yaml\n(labels:\n.*?release:.*?)```", handbook, re.DOTALL)
+    overlay = tmp_path / "deploy" / "kubernetes" / "mine"
+    shutil.copytree(KUBERNETES, overlay.parent)
+    overlay.mkdir()
+    (overlay / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [../examples/cluster]\n" + lines
+    )
+    plain, labelled = documents(CLUSTERS["example"]), documents(overlay)
+    for document in labelled:
+        assert document["metadata"]["labels"].pop("release") == "kube-prometheus-stack", document["kind"]
+    assert [without_labels(document) for document in labelled] == [without_labels(document) for document in plain]
+
+
+def without_labels(document: dict[str, Any]) -> dict[str, Any]:
+    return document | {"metadata": {k: v for k, v in document["metadata"].items() if k != "labels"}}
 
 
 @every_cluster
@@ -209,6 +246,20 @@ def test_every_key_is_mounted_where_and_as_its_user_takes_it(name: str) -> None:
         else:
             (peer_id,) = [word.removeprefix("--name=") for word in pod.command() if word.startswith("--name=")]
             assert key_name_of(peer_id) == key
+
+
+def test_actors_are_not_scaled_down_for_want_of_a_number() -> None:
+    (scaler,) = of_kind(CLUSTERS["example"], "ScaledObject")
+    (trigger,) = scaler["spec"]["triggers"]
+    assert trigger["metadata"]["ignoreNullValues"] == "false"
+
+
+def test_whoever_samples_has_memory_for_the_weights_twice() -> None:
+    """Once in the engine, and once more as they are fetched, patched and loaded."""
+    for name, weights_gb in WEIGHTS_GB.items():
+        for pod in pods(CLUSTERS[name], "chord-actor") + pods(CLUSTERS[name], "chord-eval"):
+            limit_gib = int(pod.main["resources"]["limits"]["memory"].removesuffix("Gi"))
+            assert limit_gib * 2**30 >= 2 * weights_gb * 10**9, (name, pod.name)
 
 
 def test_a_change_of_configuration_starts_pods_anew() -> None:

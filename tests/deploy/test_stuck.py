@@ -6,16 +6,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from common.wire.ports import free_ports
 from tests.deploy.manager import Manager, wait_until
-from tests.runs import QUIET, write_config
+from tests.runs import QUIET, import_experts, read_lines, write_config
 
 STUCK_S = 4.0
 """run.watchdog_s"""
+STEP_S = 15.0
+"""learner.step_timeout_s, which a start on a busy machine keeps to as well"""
 STICKY = """
 import time
 from pathlib import Path
@@ -45,12 +49,17 @@ class Component:
     def wait_for_sign(self, key: str) -> None:
         wait_until(lambda: self.manager.has(key), self.log.read_text)
 
-    def check_end(self, since: float, loop: str) -> None:
+    def check_end(self, since: float, loop: str, *, limit_s: float = STUCK_S) -> None:
         """It has ended by itself, said whose loop it was, and gave no sign of life when its time was over."""
         assert self.process.wait(timeout=60) == 1, self.log.read_text()
         assert f"the {loop} has not moved for" in self.log.read_text()
-        assert max(self.manager.times("WATCHDOG")) < since + STUCK_S + 2.0
+        assert max(self.manager.times("WATCHDOG")) < since + limit_s + 2.0
         assert not self.manager.has("STOPPING")
+
+    def rank(self, number: int) -> psutil.Process:
+        """One of a learner's processes, below torchrun."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(child for child in children if child.environ().get("RANK") == str(number))
 
 
 @contextmanager
@@ -63,8 +72,12 @@ def started(folder: Path, config: Path, module: str, *arguments: str) -> Iterato
     try:
         yield Component(process, manager, log)
     finally:
+        ranks = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.kill()
         process.wait()
+        for rank in ranks:  # which torchrun would have ended
+            with suppress(psutil.NoSuchProcess):
+                rank.kill()
         manager.close()
 
 
@@ -100,3 +113,24 @@ def test_a_stuck_actor_and_a_stuck_learner_fall_silent_and_end(tiny_model: Path,
         assert learner.process.poll() is None
         learner.check_end(since, "learner's inbox")
         ledger.close()
+
+
+def test_a_learner_whose_step_does_not_end_falls_silent_and_ends(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, tiny_model, run={"watchdog_s": STUCK_S}, algorithm={"preset": "sft"},
+        learner={"num_steps": 100_000, "num_ranks": 2, "num_threads": 1, "step_timeout_s": STEP_S,
+                 "checkpoint_every_steps": 100_000}, eval={"every_steps": 0},
+    )  # fmt: skip
+    import_experts(config)
+    with started(tmp_path, config, "learner") as learner:
+        learner.wait_for_sign("READY")
+        wait_until(lambda: len(read_lines(tmp_path / "run" / "metrics.jsonl")) >= 2, learner.log.read_text)
+        other = learner.rank(1)
+        other.suspend()  # the first rank waits for it in the middle of a step
+        since = time.monotonic()
+        try:
+            wait_until(lambda: "has not moved" in learner.log.read_text(), learner.log.read_text, STEP_S + 30)
+        finally:
+            other.kill()  # as systemd does with what hears no SIGTERM
+        learner.check_end(since, "learner's train loop", limit_s=STEP_S + 2.0)
+        assert 'in phase "training after step' in learner.log.read_text()
