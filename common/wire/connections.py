@@ -157,13 +157,11 @@ class Connections:
         """libzmq has let go of a connection; `reason` counts where it was still a newcomer."""
         with self._lock:
             connection = self._table.pop(descriptor, None)
-            if connection is None and reason is not Closing.HANDSHAKE:  # gone before anybody had looked at it
-                self.closings[reason] += 1
             if connection:
                 if not connection.is_admitted and not connection.is_closed_by_us:
                     self.closings[reason] += 1
                 connection.forget()
-            elif reason is Closing.AUTHENTICATION:  # gone before it could be looked at, but refused all the same
+            elif reason is not Closing.HANDSHAKE:  # gone before anybody had looked at it, but refused all the same
                 self.closings[reason] += 1
             return connection
 
