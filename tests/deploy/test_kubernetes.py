@@ -284,4 +284,5 @@ def test_the_handbook_makes_what_the_manifests_ask_for() -> None:
         assert build(ROOT / folder)
     for name in re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE):
         assert (KUBERNETES / name / "kustomization.yaml").exists()
-    assert re.findall(r"docker build --file (\S+) --target (\S+)", section) == [("deploy/docker/Dockerfile", "gpu")]
+    builds = re.findall(r"docker build --file (\S+) --target (\S+)", section)
+    assert builds == [("deploy/docker/Dockerfile", "cpu"), ("deploy/docker/Dockerfile", "gpu")]
