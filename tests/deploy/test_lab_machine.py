@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tests.deploy.lab import install, prepare_program
 from tests.deploy.manager import Manager, wait_until
 from tests.deploy.sandbox import UnitProcess, run_command
 from tests.deploy.tools import ROOT
-from tests.deploy.units import Unit
+from tests.deploy.units import UNITS, Unit
 from tests.runs import read_lines
 
 README = (ROOT / "deploy" / "README.md").read_text()
@@ -33,6 +33,8 @@ SECTIONS = (
     "More actors, or fewer",
 )  # fmt: skip
 LEARNER = "chord-learner.service"
+NUM_ACTORS = 3
+"""That README starts, numbered from 0."""
 SMALL: dict[str, dict[str, Any]] = {
     "sampling": {"max_tokens": 6},
     "algorithm": {"group_size": 2},
@@ -66,6 +68,7 @@ class LabMachine:
 
         - install.sh gets DESTDIR, and what it would build lies there already;
         - the demo's model is a tiny one;
+        - ports are free ones, in run.toml and in drop-ins of the actors;
         - systemctl enables in the root, and starts and stops processes of this test's;
         - the checkout stays at its version;
         - there is one user.
@@ -79,6 +82,7 @@ class LabMachine:
             case [_, "deploy/models/smollm2.py", destination]:
                 shutil.copytree(self._model, self.root / destination.lstrip("/"))
                 self.edit_configuration()
+                self.move_actors()
             case ["systemctl", "enable" | "disable" as verb, *units]:
                 names = [unit for unit in units if unit != "--now"]
                 subprocess.run(["systemctl", f"--root={self.root}", "--quiet", verb, *names], check=True, timeout=60)
@@ -113,6 +117,17 @@ class LabMachine:
         ]
         path.write_text("\n".join(lines))
 
+    def move_actors(self) -> None:
+        """To other ports for metrics than 941N, which something else on this machine may have."""
+        template = self.root / UNITS / "chord-actor@.service"
+        (command,) = re.findall(r"^ExecStart=.*$", template.read_text(), re.MULTILINE)
+        for number, port in enumerate(free_ports(NUM_ACTORS, "127.0.0.1")):
+            own, count = re.subn(r"actor\.metrics_port=941%i", f"actor.metrics_port={port}", command)
+            assert count == 1, command
+            path = self.root / f"etc/systemd/system/chord-actor@{number}.service.d/port.conf"
+            path.parent.mkdir(parents=True)
+            path.write_text(f"[Service]\nExecStart=\n{own}\n")
+
     def services(self, unit: str) -> list[str]:
         """The services that systemctl means by a word of README; the learner first, as After= has it."""
         wanted = sorted(path.name for path in (self.root / "etc/systemd/system/chord.target.wants").glob("*"))
@@ -129,7 +144,7 @@ class LabMachine:
                 if name not in self.processes:
                     self._start(name)
             for name in group:
-                wait_until(lambda name=name: self.managers[name].has("READY"), lambda name=name: self.log(name))
+                self.wait_until(lambda name=name: self.managers[name].has("READY"), lambda name=name: self.log(name))
 
     def _start(self, name: str) -> None:
         self.check_readable()
@@ -160,6 +175,16 @@ class LabMachine:
                 assert code == 0, f"{name} ended with {code}: {self.log(name)}"
                 wait_until(lambda name=name: self.managers[name].has("STOPPING"), lambda name=name: self.log(name), 5)
                 del self.processes[name]
+
+    def wait_until(self, is_reached: Callable[[], bool], what: Callable[[], str]) -> None:
+        """What has ended will reach nothing any more: that is told at once."""
+
+        def is_reached_by_the_living() -> bool:
+            for name, process in self.processes.items():
+                assert process.is_running, f"{name} ended with {process.wait(timeout_s=0)}: {self.log(name)}"
+            return is_reached()
+
+        wait_until(is_reached_by_the_living, what)
 
     def check_signs(self) -> None:
         """Everybody is alive, says what it does, and asks for no more time once it is ready."""
@@ -192,7 +217,9 @@ class LabMachine:
 
     def wait_for_steps(self, count: int) -> None:
         last = self.num_steps + count
-        wait_until(lambda: self.num_steps >= last, lambda: "".join(self.log(name)[-2000:] for name in self.processes))
+        self.wait_until(
+            lambda: self.num_steps >= last, lambda: "".join(self.log(name)[-2000:] for name in self.processes)
+        )
 
     def close(self) -> None:
         for process in self.processes.values():
@@ -234,3 +261,14 @@ def test_readme_leads_from_an_empty_root_to_a_run_that_is_upgraded_restored_and_
     assert not (machine.root / "var/lib/chord-rl/learner/learner").exists(), (
         "a copy went into a folder, not to its name"
     )
+
+
+def test_a_service_that_ends_early_is_told_of_at_once(machine: LabMachine) -> None:
+    for line in commands(SECTIONS[0]):
+        if "--check" in line:  # before demonstrations are imported
+            break
+        machine.do(line)
+    since = time.monotonic()
+    with pytest.raises(AssertionError, match=r"chord-learner\.service ended with 2: (.|\n)*got no such file"):
+        machine.do("systemctl start chord-learner")
+    assert time.monotonic() < since + 100  # and not only when nobody waits any more

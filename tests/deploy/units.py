@@ -1,4 +1,4 @@
-"""Installed units as systemd reads them: a unit's file, then the drop-ins of its prefix."""
+"""Installed units as systemd reads them: a unit's file, then the drop-ins of its prefix, its template and its own."""
 
 import re
 import shlex
@@ -19,10 +19,9 @@ class Unit:
         self.name = name
         self.settings: dict[str, list[str]] = defaultdict(list)
         template = f"{stem}@.service" if instance else name
-        prefix = f"{stem.partition('-')[0]}-.service.d"
-        drop_ins = sorted(
-            path for folder in (UNITS, "etc/systemd/system") for path in (root / folder / prefix).glob("*.conf")
-        )
+        places = {f"{stem.partition('-')[0]}-.service.d", f"{template}.d", f"{name}.d"}
+        folders = [root / folder / place for folder in (UNITS, "etc/systemd/system") for place in places]
+        drop_ins = sorted((path for folder in folders for path in folder.glob("*.conf")), key=lambda path: path.name)
         for path in (root / UNITS / template, *drop_ins):
             self._read(path.read_text(), FOLDERS | {"%i": instance})
 
