@@ -8,8 +8,9 @@ from tests.runs import LocalRun, audit, import_experts, read_lines, read_summary
 def test_three_actors_cost_the_learner_one_copy_of_a_version_and_the_run_ends_well(
     tiny_model: Path, tmp_path: Path
 ) -> None:
+    slow = {"engine": "simulated", "tokens_per_s": 6.0}  # an actor that has a version keeps it until others have it
     config = write_config(
-        tmp_path, tiny_model, run={"num_actors": 3}, actor={"engine": "simulated"}, eval={"every_steps": 0},
+        tmp_path, tiny_model, run={"num_actors": 3}, actor=slow, eval={"every_steps": 0},
         learner={"num_steps": 6}, weights={"relay": 1, "relay_timeout_s": 20.0},
     )  # fmt: skip
     import_experts(config)
