@@ -1,13 +1,17 @@
 """Real runs for the system tests: configuration, processes, and what they left behind."""
 
+import atexit
 import json
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +54,23 @@ def _toml(value: Any) -> str:
 
 
 def import_experts(config: Path, num_rows: int = 40) -> None:
-    run_module("learner.expert", "import", "reasoning_gym", "--num-rows", str(num_rows), "--config", str(config))
+    """By chord-expert, into the store that `config` names; tests of equal models and tasks share what one imported."""
+    sections = tomllib.loads(config.read_text())
+    store = Path(sections["expert"]["path"])
+    shutil.copyfile(_imported(config, num_rows, repr((sections["model"], sections["environment"]))), store)
+
+
+_stores: dict[tuple[int, str], Path] = {}
+
+
+def _imported(config: Path, num_rows: int, task: str) -> Path:
+    if (num_rows, task) not in _stores:
+        store = Path(tempfile.mkdtemp(prefix="experts-")) / "expert.sqlite"
+        atexit.register(shutil.rmtree, store.parent)
+        rows = ["--num-rows", str(num_rows), "--config", str(config), f"expert.path={store}"]
+        run_module("learner.expert", "import", "reasoning_gym", *rows)
+        _stores[num_rows, task] = store
+    return _stores[num_rows, task]
 
 
 def run_module(

@@ -79,8 +79,9 @@ def test_groups_without_a_signal_are_dropped_and_replaced_exactly(tiny_model: Pa
     config = write_config(
         tmp_path, tiny_model, actor={"engine": "simulated"}, eval={"every_steps": 0},
         algorithm={"preset": "grpo", "zero_variance": "drop", "group_size": 8, "max_staleness": 2},
-        sampling={"max_tokens": 8}, learner={"num_steps": 4},
-    )  # fmt: skip
+        sampling={"max_tokens": 16}, learner={"num_steps": 4},
+        environment={"options": {"family": "chain_sum", "min_terms": 2, "max_terms": 2, "max_digits": 1}},
+    )  # fmt: skip  # random tokens hit such a sum now and then
     with LocalRun(config) as run:
         run.finish()
     lines = read_lines(run.folder / "metrics.jsonl")

@@ -84,7 +84,8 @@ class Harness:
         sections["environment"]["options"] = self._options(run.seed, "validation")
         self.configs.mkdir(parents=True, exist_ok=True)
         path = self.configs / f"{run.name}.toml"
-        path.write_text(_recipe(run, path, self.tables, self.scale) + _toml_document(sections))
+        named = Path(os.path.relpath(path))
+        path.write_text(_recipe(run, named, self.tables, self.scale) + _toml_document(sections))
         return path
 
     @property
