@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -30,6 +31,7 @@ SCALE = Scale(
     }
 )  # fmt: skip
 TABLES = ("prompts", "validation", "test")
+LAG_STEPS = SCALE.lag_sft_steps + SCALE.num_steps
 ACCURACY = {START: 0.1, "sft": 0.5, "grpo": 0.3, "sft_then_rl": 0.6, "dft": 0.4, "chord_mu": 0.65, "chord_phi": 0.55}
 
 
@@ -38,17 +40,18 @@ def invent(run: PlannedRun, *, offset: float = 0.0) -> Result:
     rates = sorted(SCALE.rates.get(run.label, (0.0,)))
     penalty = 0.02 * abs(rates.index(run.lr) - 1) if run.part == "methods" and run.lr else 0.0
     accuracy = ACCURACY.get(run.label, 0.3) + 0.01 * run.seed - penalty + offset
+    last = run.num_steps if run.is_trained else 0
     num_right = "".join(str(int(4 * accuracy + problem / 200)) for problem in range(200))
     score = Score(200, 4, sum(map(int, num_right)) / 800, accuracy, 20.0, 0.01, num_right)
     return Result(
         run.name, run.part, run.label, run.seed, run.lr, run.settings_hash,
-        validation={"step": [0, 20, 40], "accuracy": [0.1, 0.2, accuracy]} if run.is_trained else {},
-        kept_step=40 if run.is_trained else 0,
+        validation={"step": [0, 10, last], "accuracy": [0.1, 0.2, accuracy]} if run.is_trained else {},
+        kept_step=last,
         test=score,
         retention={"gcd": replace(score, accuracy=0.3), "syllogism": replace(score, accuracy=0.5)},
         entropy=0.4,
-        curves={"staleness_mean": [0.0, 1.0], "staleness_max": [0, 1]} if run.is_trained else {},
-        budget={"steps": 40, "expert_rows": 640, "answers": 1920, "tokens_sampled": 40000} if run.is_trained else {},
+        curves={name: [None] * 10 + [run.lag] * 40 for name in ("staleness_mean", "staleness_max")} if run.lag else {},
+        budget={"steps": last, "expert_rows": 640, "answers": 1920, "tokens_sampled": 40000} if run.is_trained else {},
         wall_s={"run": 400.0, "evaluation": 100.0},
         provenance={"at": "now", "commit": "abc", "processor": "a processor", "cores": 2},
     )  # fmt: skip
@@ -100,7 +103,8 @@ def test_budgets_are_equal_by_the_configurations_that_are_run(finished: Path) ->
     steps, rows, answers = SCALE.num_steps, SCALE.num_steps * SCALE.rows_per_step, SCALE.num_steps * 48
     assert {budgets[method] for method in ("sft", "dft")} == {(steps, rows, 0)}
     assert {budgets[method] for method in ("sft_then_rl", "chord_mu", "chord_phi")} == {(steps, rows, answers)}
-    assert {budgets[label] for label in budgets if "lag" in label or label == "grpo"} == {(steps, 0, answers)}
+    assert budgets["grpo"] == (steps, 0, answers)
+    assert {budgets[label] for label in budgets if "lag" in label} == {(LAG_STEPS, 10 * SCALE.rows_per_step, answers)}
 
 
 def test_methods_differ_in_nothing_but_what_they_are(finished: Path) -> None:
@@ -206,7 +210,8 @@ def test_table_figure_and_document_are_made_of_whatever_is_there(tmp_path: Path)
     assert readme.endswith("after\n")
     assert "10 of 60 runs, 1.4 hours, on a processor, 2 cores." in readme
     assert "Not taken yet: 50" in readme
-    assert "| `sft` | 1 | 0.00015 (of 3) | 0.500 | +0.200 ±" in readme
+    assert "| `sft` | 1 | 0.00015 (of 3) | 0.500 | – | +0.200 ±" in readme
+    assert "| `sft` | 40 | 640 | 1,920 | 40,000 |" in readme
     assert "*" in readme  # one seed: over problems
     assert FIGURE in readme
     document = json.loads((tmp_path / "compare" / "compare.json").read_text())
@@ -226,16 +231,25 @@ def test_a_finished_comparison_says_so_and_holds_lags_against_the_bar(finished: 
         if name == "methods-dft-lr0.00015-seed2":
             failed = Result(name, "methods", "dft", 2, run.lr, run.settings_hash, failure="it went wrong")
             write_result(results, failed)
+        if name == "staleness-tis-lag-1-seed2":
+            failed = Result(name, "staleness", run.label, 2, run.lr, run.settings_hash, failure="it went wrong")
+            write_result(results, failed)
+        if name == "staleness-tis-lag-8-seed1":
+            write_result(results, replace(invent(run), earlier_failure="it hung"))
     session = make_session(tmp_path, results)
     session.report()
     readme = (tmp_path / "README.md").read_text()
     assert "60 of 60 runs" in readme
-    assert "Failed, and counted as such: methods-dft-lr0.00015-seed2." in readme
+    assert "Failed twice, and in no mean: methods-dft-lr0.00015-seed2, staleness-tis-lag-1-seed2." in readme
+    assert "Failed once and taken again: staleness-tis-lag-8-seed1." in readme
     assert "| `dft` | 2, 1 failed |" in readme
     assert "| `chord_mu` | 3 | 6e-05 (of 3) | 0.660 ± 0.017 |" in readme
     rows = {row["label"]: row for row in json.loads((results.parent / "compare.json").read_text())["staleness"]}
     assert rows["tis lag 4"]["is_within_bar"] is True
     assert rows["tis lag 4"]["num_seeds"] == 5
+    assert rows["tis lag 4"]["staleness_mean"]["mean"] == rows["tis lag 4"]["staleness_max"] == 4
+    assert rows["tis lag 4"]["gain"]["mean"] == pytest.approx(0.12)  # of 0.30 to 0.34, over 0.2
+    assert rows["tis lag 1"]["is_within_bar"] is None, "a seed of it failed"
     assert rows["none lag 8"]["against"]["mean"] == pytest.approx(-0.2)
     assert rows["none lag 8"]["is_within_bar"] is None  # the bar is on corrected lags up to 4
     assert rows["tis lag 8"]["is_within_bar"] is None
@@ -264,13 +278,16 @@ def test_no_question_is_in_two_tables_and_demonstrations_are_worked_out(tmp_path
     assert {name: len(questions) for name, questions in tables.items()} == {
         "expert": 1000, "prompts": NUM_PROMPTS, "validation": 100, "test": 200
     }  # fmt: skip
-    everything = [question for questions in tables.values() for question in questions]
+    write_tables(tmp_path, 4, num_expert_rows=1000, num_validation=100, num_test=200)
+    later = [row["question"] for name in TABLES[1:] for row in read_lines(table(tmp_path, name, 4))]
+    everything = [question for questions in (*tables.values(), later) for question in questions]
     assert len(set(everything)) == len(everything)
     assert SCALE.num_steps * SCALE.groups_per_step + 9 * SCALE.groups_per_step <= NUM_PROMPTS
-    assert {row["response"].count("=") for row in rows} == {1, 2}
-    num_short = sum(question.count(" + ") + question.count(" - ") == 1 for question in tables["prompts"])
-    assert num_short > 50, "reinforcement learning sees questions of two numbers, too"
-    assert worked_solution("3 - 5 + 4") == ("3 - 5 = -2\n-2 + 4 = 2\nThe answer is 2.", 2)
+    for questions in tables.values():  # drawn alike
+        assert np.mean([" + " in question for question in questions]) == pytest.approx(0.5, abs=0.15)
+        assert np.mean([question.endswith("0 =") for question in questions]) == pytest.approx(0.1, abs=0.08)
+    assert worked_solution("23 - 65") == ("23 - 60 = -37\n-37 - 5 = -42\nThe answer is -42.", -42)
+    assert worked_solution("23 + 60") == ("23 + 60 = 83\nThe answer is 83.", 83)
 
 
 def test_the_best_supervised_policy_is_the_one_that_a_handover_would_choose(tmp_path: Path) -> None:

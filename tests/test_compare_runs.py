@@ -60,12 +60,13 @@ def test_a_run_is_taken_measured_and_kept_so_that_it_is_not_taken_again(tiny_mod
 
 
 def test_a_run_with_lagging_weights_is_exactly_as_stale_as_planned(tiny_model: Path, tmp_path: Path) -> None:
-    scale = make_scale(tiny_model, num_steps=5)
-    run = lagged_run(scale, seed=0, lag=2, correction="tis", lr=1e-3)
+    scale = make_scale(tiny_model, num_steps=5, lag_sft_steps=3)
+    run = lagged_run(scale, seed=0, lag=2, correction="tis", lr=1e-3, sft_lr=1e-3)
     result = Harness(scale, tmp_path / "scratch", tmp_path / "results").take(run)
-    assert result.curves["staleness_mean"] == [0, 1, 2, 2, 2]
-    assert result.curves["staleness_max"] == [0, 1, 2, 2, 2]
+    assert result.curves["staleness_mean"] == [None, None, None, 2, 2, 2, 2, 2]
+    assert result.curves["staleness_max"] == [None, None, None, 2, 2, 2, 2, 2]
     assert result.budget["answers"] == 20
+    assert result.retention == {}
     assert result.budget["tokens_sampled"] > 0
     assert result.test
 

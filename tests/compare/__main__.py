@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -64,7 +64,7 @@ class Session:
 
     def take(self, run: PlannedRun) -> Result:
         """Take one run, keep its result and tell of it. Where it fails it is tried again; then that is its result."""
-        result = self._try(run) or self._try(run) or self._failed(run)
+        result = self._try(run) or self._try_again(run)
         write_result(self.results, result)
         self.report()
         return result
@@ -107,10 +107,12 @@ class Session:
         self._say(f"{run.name}: {in_minutes(time.monotonic() - began)}, {_figures(result)}")
         return result
 
-    def _failed(self, run: PlannedRun) -> Result:
-        return Result(
-            run.name, run.part, run.label, run.seed, run.lr, run.settings_hash, failure=self._failure,
-        )  # fmt: skip
+    def _try_again(self, run: PlannedRun) -> Result:
+        earlier = self._failure
+        result = self._try(run)
+        if result is None:
+            result = Result(run.name, run.part, run.label, run.seed, run.lr, run.settings_hash, failure=self._failure)
+        return replace(result, earlier_failure=earlier)
 
     def _say(self, line: str) -> None:
         self.console.print(f"{time.strftime('%H:%M')} {line}", markup=False, highlight=False)

@@ -85,17 +85,18 @@ def _entropy(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _lags(axes: Axes, rows: Sequence[Mapping[str, Any]], *, bar: float) -> None:
-    axes.set_title("reward with old weights − without lag (90 % intervals)")
+    axes.set_title("reward with old weights − without lag (90 % intervals; hollow: one seed)")
     axes.axhspan(-bar, bar, color="#dddddd", zorder=0)
     shown = [row for row in rows if row["against"]]
     for correction, colour, shift in (("tis", "#228833", -0.1), ("none", "#ee6677", 0.1)):
-        found = [row for row in shown if row["correction"] == correction]
-        if found:
+        name = "corrected (tis)" if correction == "tis" else "not corrected"
+        for row in [row for row in shown if row["correction"] == correction]:
+            difference = row["against"]
             axes.errorbar(
-                [row["lag"] + shift for row in found], [row["against"]["mean"] for row in found],
-                yerr=[row["against"]["half_width"] for row in found], fmt="o", color=colour, capsize=3,
-                label="corrected (tis)" if correction == "tis" else "not corrected",
+                row["lag"] + shift, difference["mean"], yerr=difference["half_width"], fmt="o", color=colour, capsize=3,
+                label=name, markerfacecolor=colour if difference["over"] == "seeds" else "white",
             )  # fmt: skip
+            name = "_"  # in the legend once
     axes.set_xlabel("optimizer steps that the weights of the actor lag")
     _legend(axes)
 

@@ -64,7 +64,7 @@ class Harness:
             self._train(run, config)
         trained, policy = time.monotonic(), self._policy(run)
         result = Result(run.name, run.part, run.label, run.seed, run.lr, run.settings_hash, provenance=_provenance())
-        kept_step = kept_version(folder) if run.label in SUPERVISED else self.scale.num_steps
+        kept_step = kept_version(folder) if run.label in SUPERVISED else run.num_steps
         if run.is_trained:
             result = replace(result, kept_step=kept_step, **what_it_left(folder))
         result = replace(result, **self._measure(run, config, policy))
@@ -119,16 +119,17 @@ class Harness:
             if run.lag is not None:
                 lagging = started("tests.compare.lagging", f"--lag={run.lag}", *arguments, log=_beside(log))
                 actor = running.enter_context(lagging)
-            self._follow(folder, local, actor, log)
+            self._follow(folder, local, actor, log, num_steps=run.num_steps)
         require_success("chord-local", local, log)
 
     def _follow(
-        self, folder: Path, local: subprocess.Popen[bytes], actor: subprocess.Popen[bytes] | None, log: Path
-    ) -> None:
+        self, folder: Path, local: subprocess.Popen[bytes], actor: subprocess.Popen[bytes] | None, log: Path, *,
+        num_steps: int,
+    ) -> None:  # fmt: skip
         deadline = time.monotonic() + RUN_S
         while local.poll() is None:
             done = len(read_lines(folder / "metrics.jsonl"))
-            self.show(f"step {done}/{self.scale.num_steps}" if done else "starting")
+            self.show(f"step {done}/{num_steps}" if done else "starting")
             if time.monotonic() > deadline:
                 raise CommandFailed(f"chord-local went on for {RUN_S:.0f} s, expected its end (log: {log})")
             if actor and actor.poll():
@@ -143,21 +144,20 @@ class Harness:
         return export_kept(folder, self.scale.model) if run.label in SUPERVISED else folder / "final"
 
     def _measure(self, run: PlannedRun, config: Path, policy: Path) -> dict[str, Any]:
-        """Test, retention and entropy, as fields of the result."""
+        """Test, retention (of the methods) and entropy, as fields of the result."""
         folder = self.run_folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         samples = folder / "test-samples.jsonl"
         self.show("testing")
         problems = table(self.tables, "test", run.seed)
         test = self._evaluate(
-            policy, samples, "--config", str(config), f"environment.options.held_out_source={problems}",
-            f"eval.num_problems={self.scale.num_test_problems}",
-            f"eval.samples_per_problem={self.scale.num_test_answers}", f"eval.temperature={TEMPERATURE}",
+            policy, samples, "--config", str(config), *asked_in_test(problems, self.scale)
         )  # fmt: skip
         retention = {}
-        for family in self.scale.families:
+        for family in self.scale.families if run.part == "methods" else ():
             self.show(f"retention: {family.name}")
-            retention[family.name] = self._evaluate(policy, folder / "retention.jsonl", *self._asked(family, run.seed))
+            answers = folder / f"retention-{family.name}.jsonl"
+            retention[family.name] = self._evaluate(policy, answers, *self._asked(family, run.seed))
         self.show("entropy")
         told = self._run(
             "tests.compare.entropy", str(policy), str(samples), str(problems),
@@ -237,6 +237,14 @@ def export_kept(folder: Path, model: Path) -> Path:
     return folder / "tested"
 
 
+def asked_in_test(problems: Path, scale: Scale) -> list[str]:
+    """chord-eval's overrides for the test."""
+    return [
+        f"environment.options.held_out_source={problems}", f"eval.num_problems={scale.num_test_problems}",
+        f"eval.samples_per_problem={scale.num_test_answers}", f"eval.temperature={TEMPERATURE}",
+    ]  # fmt: skip
+
+
 def score_of(task: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Score:
     """From a task's line of chord-eval's document, and its samples."""
     right: dict[int, int] = {}
@@ -275,11 +283,15 @@ def _recipe(run: PlannedRun, path: Path, tables: Path, scale: Scale) -> str:
             f"chord-local --fresh --config {path} network.port=5757 &",
             f"python -m tests.compare.lagging --lag {run.lag} --config {path} network.port=5757",
         ]
+    test = " ".join(asked_in_test(table(tables, "test", run.seed), scale))
+    told.append(f"chord-eval --model POLICY --config {path} {test}")
+    told.append("POLICY: final/ in run.dir; of sft and dft the best in sft/, as a folder; of start model.path")
     return "".join(f"# {line}\n" for line in told) + "\n"
 
 
 def _provenance() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    described = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(described, capture_output=True, text=True, check=False)
     return {
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit.stdout.strip(),

@@ -11,8 +11,10 @@ from tests.compare.results import Result
 from tests.compare.scale import BAR, BAR_LAG, Scale
 
 Row = dict[str, Any]
-AGAINST = "grpo"
-"""Whom the methods' accuracies are compared with, problem by problem."""
+AGAINST = ("sft", "grpo", "sft_then_rl")
+"""Whom the methods' accuracies are compared with, seed by seed: what one would do without CHORD."""
+MIN_SEEDS = 3
+"""Fewer give no verdict on the bar."""
 
 
 def describe(scale: Scale, runs: Sequence[PlannedRun], results: Mapping[str, Result]) -> dict[str, Any]:
@@ -22,6 +24,9 @@ def describe(scale: Scale, runs: Sequence[PlannedRun], results: Mapping[str, Res
         "num_runs": len(runs),
         "num_done": len(done),
         "failed": {result.name: result.failure for result in done if result.failure},
+        "failed_once": {
+            result.name: result.earlier_failure for result in done if result.earlier_failure and not result.failure
+        },
         "missing": [run.name for run in runs if not fresh(run, results)],
         "methods": describe_methods(scale, runs, results),
         "staleness": describe_staleness(scale, runs, results),
@@ -59,7 +64,7 @@ def describe_methods(scale: Scale, runs: Sequence[PlannedRun], results: Mapping[
                 else {},
                 "answer_tokens": _over(good, lambda result: result.test.answer_tokens if result.test else None),
                 "entropy": _over(good, lambda result: result.entropy),
-                "against": None if label == AGAINST else _difference(good, kept[AGAINST]),
+                "against": {other: _difference(good, kept[other]) for other in AGAINST if other != label},
                 "budget": _means([result.budget for result in good.values()]),
                 "wall_s": _means([result.wall_s for result in good.values()]),
             }
@@ -83,8 +88,10 @@ def describe_staleness(scale: Scale, runs: Sequence[PlannedRun], results: Mappin
         good = {seed: result for seed, result in found[label].items() if not result.failure}
         if not found[label]:
             continue
-        difference = None if lag == 0 else _difference(good, found[labels[0][0]], of=_reward)
+        without_lag = found[labels[0][0]]
+        difference = None if lag == 0 else _difference(good, without_lag, of=_reward)
         is_barred = bool(lag) and lag <= BAR_LAG and not label.startswith("none")
+        has_failed = any(result.failure for result in (*found[label].values(), *without_lag.values()))
         rows.append(
             {
                 "label": label,
@@ -92,12 +99,16 @@ def describe_staleness(scale: Scale, runs: Sequence[PlannedRun], results: Mappin
                 "correction": label.split()[0],
                 "num_seeds": len(good),
                 "failed_seeds": sorted(found[label].keys() - good.keys()),
-                "staleness_mean": _over(good, lambda result: _mean_of(result.curves.get("staleness_mean"))),
-                "staleness_max": max((max(r.curves.get("staleness_max", [0])) for r in good.values()), default=None),
+                "staleness_mean": _over(good, lambda result: _mean_of(_sampled(scale, result, "staleness_mean"))),
+                "staleness_max": max(
+                    (most for result in good.values() for most in _sampled(scale, result, "staleness_max") if most),
+                    default=0,
+                ),
+                "gain": _over(good, lambda result: _gain(scale, result)),
                 "reward": _over(good, _reward),
                 "entropy": _over(good, lambda result: result.entropy),
                 "against": difference,
-                "is_within_bar": _verdict(difference) if is_barred else None,
+                "is_within_bar": _verdict(difference) if is_barred and not has_failed else None,
                 "wall_s": _means([result.wall_s for result in good.values()]),
             }
         )
@@ -123,8 +134,8 @@ def _reward(result: Result) -> float | None:
 
 
 def _verdict(difference: Row | None) -> bool | None:
-    """Whether the interval over seeds lies within the bar; None where it is no such interval."""
-    if difference is None or difference["over"] != "seeds" or difference["half_width"] is None:
+    """Whether the interval over seeds lies within the bar; None where there are too few of them."""
+    if difference is None or difference["over"] != "seeds" or difference["num"] < MIN_SEEDS:
         return None
     return Interval(difference["mean"], difference["half_width"], difference["num"]).lies_within(BAR)
 
@@ -157,6 +168,18 @@ def _means(counts: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
     return {key: fmean(count[key] for count in counts) for key in counts[0]} if counts else {}
 
 
-def _mean_of(values: Sequence[float | None] | None) -> float | None:
-    found = [value for value in values or () if value is not None]
+def _sampled(scale: Scale, result: Result, curve: str) -> Sequence[float | None]:
+    """A curve past the supervised steps."""
+    return result.curves.get(curve, [])[scale.lag_sft_steps :]
+
+
+def _gain(scale: Scale, result: Result) -> float | None:
+    """Validation accuracy at the end − that at the end of the supervised steps: what sampling has won."""
+    found = dict(zip(result.validation["step"], result.validation["accuracy"], strict=True))
+    before, after = found.get(scale.lag_sft_steps), found.get(result.kept_step)
+    return None if before is None or after is None else after - before
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
     return fmean(found) if found else None

@@ -2,7 +2,8 @@
 
 1. The untrained model, for each seed. 2. Seed 0 of every method with the first learning rate of its grid, then with
 the others. 3. The other seeds, a seed at a time, each method with the rate that validation chose at seed 0. 4. GRPO
-with weights that lag, a seed at a time. So whatever time ends it, what is there is balanced.
+with weights that lag, a seed at a time, after a few supervised steps: from a policy that has much to win by sampling,
+as otherwise no lag could lose anything. So whatever time ends it, what is there is balanced.
 
 Budgets are equal: every method takes `num_steps` optimizer steps; those with an expert half see as many expert rows,
 and those with a policy half sample as many answers, over the run. `sft_then_rl` does one after the other, in half of
@@ -24,9 +25,9 @@ from tests.compare.task import READING, TEMPERATURE, TRAINED
 METHODS = ("sft", "grpo", "sft_then_rl", "dft", "chord_mu", "chord_phi")
 SUPERVISED = ("sft", "dft")
 START = "start"
-LAGGED = "grpo"
-"""The method of the runs whose weights lag: nothing but sampled answers to learn from."""
-FORM = 1
+LAGGED = "sft_then_rl"
+"""The method of the runs whose weights lag: past its supervised steps nothing but sampled answers to learn from."""
+FORM = 2
 """Raised where the harness measures something else than before, so that older results are taken anew."""
 Sections = dict[str, dict[str, Any]]
 
@@ -60,6 +61,11 @@ class PlannedRun:
         return self.sections is not None
 
     @property
+    def num_steps(self) -> int:
+        """Optimizer steps. Only of a run that is ready."""
+        return self.sections["learner"]["num_steps"] if self.sections else 0
+
+    @property
     def is_trained(self) -> bool:
         return self.label != START
 
@@ -83,7 +89,7 @@ def make_plan(scale: Scale, results: Mapping[str, Result]) -> list[PlannedRun]:
     rates = {method: chosen_rate(tried[method], results) for method in METHODS}
     for seed in scale.seeds[1:]:
         runs += [method_run(scale, method, seed, rates[method], sft_lr=rates["sft"]) for method in METHODS]
-    return runs + list(_staleness(scale, rates[LAGGED]))
+    return runs + list(_staleness(scale, rates[LAGGED], sft_lr=rates["sft"]))
 
 
 def chosen_rate(tried: list[PlannedRun], results: Mapping[str, Result]) -> float | None:
@@ -136,26 +142,34 @@ def method_run(scale: Scale, method: str, seed: int, lr: float | None, *, sft_lr
     return PlannedRun("methods", method, seed, lr, sections, settings=_settings(scale))
 
 
-def _staleness(scale: Scale, lr: float | None) -> Iterator[PlannedRun]:
+def _staleness(scale: Scale, lr: float | None, *, sft_lr: float | None) -> Iterator[PlannedRun]:
     for seed in (*scale.lag_seeds, *scale.more_lag_seeds):
         for lag in scale.lags:
             for correction in ("tis", "none") if lag else ("tis",):
                 is_on_the_bar = correction == "tis" and lag <= BAR_LAG
                 if seed in scale.lag_seeds or is_on_the_bar:
-                    yield lagged_run(scale, seed, lag, correction, lr)
+                    yield lagged_run(scale, seed, lag, correction, lr, sft_lr=sft_lr)
 
 
-def lagged_run(scale: Scale, seed: int, lag: int, correction: str, lr: float | None) -> PlannedRun:
-    """A run whose actor serves weights that are `lag` optimizer steps old."""
-    label, settings = f"{correction} lag {lag}", _settings(scale)
-    if lr is None:
+def lagged_run(
+    scale: Scale, seed: int, lag: int, correction: str, lr: float | None, *, sft_lr: float | None
+) -> PlannedRun:
+    """A run whose actor serves weights that are `lag` optimizer steps old, once the supervised steps are taken."""
+    label, settings = f"{correction} lag {lag}", _settings(scale, has_retention=False)
+    if lr is None or sft_lr is None:
         return PlannedRun("staleness", label, seed, None, None, lag, settings)
-    sections = _base(scale, seed)
+    sections, num_steps = _base(scale, seed), scale.lag_sft_steps + scale.num_steps
     sections["run"]["num_actors"] = 0  # the harness starts the one that lags
     sections["algorithm"] |= {
-        "preset": LAGGED, "correction": correction, "max_staleness": lag, "allow_uncorrected": correction == "none",
+        "preset": LAGGED, "sft_steps": scale.lag_sft_steps, "correction": correction, "max_staleness": lag,
+        "allow_uncorrected": correction == "none",
     }  # fmt: skip
-    sections["learner"]["lr"] = lr
+    sections["learner"] |= {
+        "lr": sft_lr,
+        "lr_after_sft": lr,
+        "num_steps": num_steps,
+        "checkpoint_every_steps": num_steps,
+    }
     return PlannedRun("staleness", label, seed, lr, sections, lag, settings)
 
 
@@ -183,14 +197,14 @@ def _base(scale: Scale, seed: int) -> Sections:
     }  # fmt: skip
 
 
-def _settings(scale: Scale) -> dict[str, Any]:
+def _settings(scale: Scale, *, has_retention: bool = True) -> dict[str, Any]:
     """What a result depends on beside the run's configuration."""
+    retention = {
+        "num_problems": scale.num_retention_problems, "families": [asdict(family) for family in scale.families]
+    }  # fmt: skip
     return {
         "demonstrations": task_hash(scale.num_expert_rows),
         "test": {"num_problems": scale.num_test_problems, "k": scale.num_test_answers, "temperature": TEMPERATURE},
-        "retention": {
-            "num_problems": scale.num_retention_problems,
-            "families": [asdict(family) for family in scale.families],
-        },
+        "retention": retention if has_retention else None,
         "num_entropy_answers": scale.num_entropy_answers,
     }

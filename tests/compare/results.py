@@ -41,6 +41,8 @@ class Result:
     settings_hash: str
     failure: str = ""
     """Why there are no figures: the run was tried twice, and ended like this."""
+    earlier_failure: str = ""
+    """How the first try ended, where it was tried twice."""
     validation: Mapping[str, list[float]] = field(default_factory=dict[str, list[float]])
     """`step` and `accuracy` of the run's own evaluations, greedy."""
     kept_step: int = 0

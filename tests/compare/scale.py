@@ -48,6 +48,8 @@ class Scale:
     """Learning rates that each method is tried with, in this order: equally many for all. Of sft_then_rl it is
     the one after the supervised steps, which have that of sft."""
     lags: Sequence[int] = (0, 1, 4, 8)
+    lag_sft_steps: int = 10
+    """Supervised steps before the num_steps with weights that lag; evaluated at their end (eval_every_steps)."""
     lag_seeds: Sequence[int] = (0, 1, 2)
     more_lag_seeds: Sequence[int] = (3, 4)
     """Further seeds for what the bar is on: no lag, and corrected lags up to it."""

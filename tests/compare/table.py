@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.compare.outcome import AGAINST
+
 BEGIN, END = "<!-- compare: made by `make compare` from here -->", "<!-- compare: to here -->"
 FIGURE = "deploy/figures/compare.svg"
 NOTHING = "–"
@@ -22,7 +24,7 @@ def write_table(readme: Path, outcome: Mapping[str, Any]) -> None:
 def render(outcome: Mapping[str, Any]) -> str:
     parts = [how_far(outcome)]
     if outcome["methods"]:
-        parts.append(methods_table(outcome["methods"]))
+        parts += [methods_table(outcome["methods"]), budgets_table(outcome["methods"])]
     if outcome["staleness"]:
         parts.append(staleness_table(outcome["staleness"], bar=outcome["bar"]["reward"]))
     if outcome["methods"]:
@@ -36,7 +38,9 @@ def how_far(outcome: Mapping[str, Any]) -> str:
         return f"None of its {num} runs has been taken yet."
     words = f"{done} of {num} runs, {outcome['hours']:.1f} hours, on {' and '.join(outcome['machines'])}."
     if outcome["failed"]:
-        words += f" Failed, and counted as such: {', '.join(outcome['failed'])}."
+        words += f" Failed twice, and in no mean: {', '.join(outcome['failed'])}."
+    if outcome["failed_once"]:
+        words += f" Failed once and taken again: {', '.join(outcome['failed_once'])}."
     if outcome["missing"]:
         words += f" Not taken yet: {num - done}, named in `tests/compare/compare.json`."
     return words
@@ -44,33 +48,49 @@ def how_far(outcome: Mapping[str, Any]) -> str:
 
 def methods_table(rows: Sequence[Row]) -> str:
     heads = (
-        "method", "seeds", "learning rate", "held-out accuracy", "against GRPO", "retention", "answer tokens",
-        "entropy", "expert rows", "answers", "tokens sampled", "minutes",
+        "method", "seeds", "learning rate", "held-out accuracy", "− SFT", "− GRPO", "− SFT-then-RL", "retention",
+        "answer tokens", "entropy",
     )  # fmt: skip
     return _table(heads, [_method_cells(row) for row in rows])
 
 
 def _method_cells(row: Row) -> list[str]:
-    budget, wall_s = row["budget"], row["wall_s"]
     rate = ", ".join(f"{lr:g}" for lr in row["lr"]) or NOTHING
     return [
-        f"`{row['label']}`" if row["lr"] else "untrained",
+        _method(row),
         _seeds(row),
         rate + (f" (of {row['rates_tried']})" if row["lr"] else ""),
         _number(row["accuracy"]),
-        _difference(row["against"]),
+        *(_difference(row["against"].get(other)) for other in AGAINST),
         _number(row["retention"]),
         _number(row["answer_tokens"], digits=1),
         _number(row["entropy"], digits=2),
-        _count(budget.get("expert_rows")),
-        _count(budget.get("answers")),
-        _count(budget.get("tokens_sampled")),
-        f"{wall_s['run'] / 60:.1f}" if budget and wall_s else NOTHING,
     ]
 
 
+def budgets_table(rows: Sequence[Row]) -> str:
+    """Of a run on average."""
+    heads = (
+        "method", "optimizer steps", "expert rows", "answers", "tokens sampled", "expert tokens trained",
+        "policy tokens trained", "minutes",
+    )  # fmt: skip
+    return _table(heads, [_budget_cells(row) for row in rows if row["budget"]])
+
+
+def _budget_cells(row: Row) -> list[str]:
+    counted = ("steps", "expert_rows", "answers", "tokens_sampled", "expert_tokens", "policy_tokens")
+    return [_method(row), *(_count(row["budget"].get(key)) for key in counted), f"{row['wall_s']['run'] / 60:.1f}"]
+
+
+def _method(row: Row) -> str:
+    return f"`{row['label']}`" if row["lr"] else "untrained"
+
+
 def staleness_table(rows: Sequence[Row], *, bar: float) -> str:
-    heads = ("lag", "correction", "seeds", "staleness", "reward", "against no lag", f"within ±{bar:g}", "entropy")
+    heads = (
+        "lag", "correction", "seeds", "staleness", "won by sampling", "reward", "− no lag", f"within ±{bar:g}",
+        "entropy",
+    )  # fmt: skip
     return _table(heads, [_staleness_cells(row) for row in rows])
 
 
@@ -81,6 +101,7 @@ def _staleness_cells(row: Row) -> list[str]:
         f"`{row['correction']}`",
         _seeds(row),
         f"{mean['mean']:.2f} (max {most})" if mean else NOTHING,
+        _number(row["gain"]),
         _number(row["reward"]),
         _difference(row["against"]),
         {True: "yes", False: "no", None: ""}[row["is_within_bar"]],

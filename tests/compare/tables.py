@@ -1,8 +1,8 @@
 """Questions and demonstrations of the comparison as JSON lines, made anew wherever it is run: equal seeds, equal bytes.
 
-Nothing is in two of them: a question is held out by a hash of its text, test problems follow those of validation in one
-stream, and prompts leave the expert's questions out. Of short questions there are few, so the expert takes every
-second question only.
+No question is in two of them: it is held out by a hash of its text, one stream of held-out questions is dealt out to
+validation and test of one seed after another, and prompts leave the expert's questions out. Seeds share no held-out
+question, so that the spread between them holds the chance of problems, too.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from common.problems import Problem, ReasoningProblems, Split
 from tests.compare.task import TRAINED, Family
 
 EXPERT_SEED = 7_000_003
+HELD_OUT_SEED = 7_000_004
 NUM_PROMPTS = 1500
 """Of one seed: more than a run asks for."""
 
@@ -29,12 +30,13 @@ def main(folder: Path, seed: int, num_expert_rows: int, num_validation: int, num
 
 def write_tables(folder: Path, seed: int, *, num_expert_rows: int, num_validation: int, num_test: int) -> None:
     """demonstrations.jsonl, and of this seed the tables of prompts, validation and test."""
-    experts = list(islice(stream(TRAINED, "train", EXPERT_SEED), 0, 2 * num_expert_rows, 2))
+    experts = list(islice(stream(TRAINED, "train", EXPERT_SEED), num_expert_rows))
     taken = {problem.question for problem in experts}
     prompts = (problem for problem in stream(TRAINED, "train", seed) if problem.question not in taken)
-    held_out = list(islice(stream(TRAINED, "held_out", seed), num_validation + num_test))
-    if len(held_out) < num_validation + num_test:
-        raise ValueError(f"{TRAINED.name}: got {len(held_out)} held-out questions, expected more variety")
+    num = num_validation + num_test
+    held_out = list(islice(stream(TRAINED, "held_out", HELD_OUT_SEED), seed * num, (seed + 1) * num))
+    if len(held_out) < num:
+        raise ValueError(f"{TRAINED.name}: got {len(held_out)} held-out questions for seed {seed}, expected {num}")
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "demonstrations.jsonl", map(demonstration, experts))
     _write(table(folder, "prompts", seed), map(question, islice(prompts, NUM_PROMPTS)))
@@ -74,19 +76,19 @@ def demonstration(problem: Problem) -> dict[str, Any]:
 
 
 def worked_solution(expression: str) -> tuple[str, int]:
-    """The expert's answer, one operation a line, and its result."""
-    first, *rest = expression.split()
+    """The expert's answer, tens before ones, an operation a line; and its result."""
+    first, sign, second = expression.split()
     total, lines = int(first), list[str]()
-    for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        result = total + int(term) if sign == "+" else total - int(term)
-        lines.append(f"{total} {sign} {term} = {result}")
+    for part in filter(None, (int(second) // 10 * 10, int(second) % 10)):
+        result = total + part if sign == "+" else total - part
+        lines.append(f"{total} {sign} {part} = {result}")
         total = result
     return "\n".join([*lines, f"The answer is {total}."]), total
 
 
 def task_hash(num_expert_rows: int) -> str:
     """Equal exactly where demonstrations, and the questions of a seed, are."""
-    whole = [TRAINED.name, TRAINED.parameters, EXPERT_SEED, NUM_PROMPTS, num_expert_rows]
+    whole = [TRAINED.name, TRAINED.parameters, EXPERT_SEED, HELD_OUT_SEED, NUM_PROMPTS, num_expert_rows]
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:8]
 
 

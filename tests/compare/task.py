@@ -1,5 +1,6 @@
-"""The task of the comparison: sums of two or three numbers, which the expert works out; and what nobody trains on.
+"""The task of the comparison: sums of two numbers of two digits, worked out by the expert; and what nobody trains on.
 
+There are 16,200 such questions, all of a kind, so that what is trained on, validated and tested is drawn alike.
 The untrained model, which has 135 million parameters, answers in sentences whatever it is asked for. So all questions
 are reasoning_gym's own, without any word about a form, and the environment `math` reads the answers as they come: where
 nothing else is stated, the last number is the answer.
@@ -22,7 +23,7 @@ class Family:
     max_tokens: int = 64
 
 
-TRAINED = Family("chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}, max_tokens=40)
+TRAINED = Family("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, max_tokens=40)
 UNTRAINED = (
     Family("products", {"min_digits": 1, "max_digits": 1}),
     Family("gcd", {"max_value": 20}),
