@@ -16,7 +16,7 @@ help:
 	@echo "make check  format, lint and types"
 	@echo "make fix    format and mend what can be mended"
 	@echo "make pitfalls  plant every known mistake of CHORD implementations in a copy; the tests must notice each"
-	@echo "make chaos  kill, stop, cut off, starve and damage real runs for an hour; nothing may be lost"
+	@echo "make chaos  kill, stop, cut off, starve and damage real runs for about half an hour; nothing may be lost"
 	@echo "make soak   an hour of light faults and hostile connections; memory must not grow"
 	@echo "make bench  every hot path against what you would use instead, in one run (PART=learner: that part alone)"
 	@echo "make compare  the methods against each other on a real model, run by run (MINUTES=150: end by then; stop and go on at will)"

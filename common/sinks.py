@@ -18,5 +18,5 @@ def require_sinks(names: Iterable[SinkName]) -> None:
             distribution(name)
         except PackageNotFoundError:
             raise OperatorError(
-                f'run.sinks: got "{name}", which is not installed, expected: pip install "chord-rl[{name}]"'
+                f'run.sinks: got "{name}", which is not installed, expected: pip install ".[{name}]" in the checkout'
             ) from None

@@ -299,7 +299,7 @@ def test_a_sink_whose_package_is_missing_is_named_with_what_to_install(monkeypat
     with pytest.raises(OperatorError) as refused:
         require_sinks([SinkName.WANDB])
     assert str(refused.value) == (
-        'run.sinks: got "wandb", which is not installed, expected: pip install "chord-rl[wandb]"'
+        'run.sinks: got "wandb", which is not installed, expected: pip install ".[wandb]" in the checkout'
     )
 
 
