@@ -5,6 +5,7 @@ import fcntl
 import os
 import pwd
 import shutil
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ EXPERT_STORE = "expert.sqlite"
 DISK_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 RIGHTS_ERRORS = {errno.EACCES, errno.EPERM}
 ROOT, NOBODY = 0, 65534
+LOOK_S = 1.0
+"""For so long a lock that is taken may be that of somebody who only looks whether it is (`is_in_use`)."""
 FULL_BYTES = 4 << 20
 """A disk with less room than this is taken for full."""
 
@@ -151,14 +154,18 @@ class RunDir:
         another user's."""
         self.require_own()
         descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise OperatorError(
-                f"run.dir: {self.path} is in use by another learner, expected a folder of its own"
-            ) from None
-        return descriptor
+        deadline = time.monotonic() + LOOK_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(descriptor)
+                    raise OperatorError(
+                        f"run.dir: {self.path} is in use by another learner, expected a folder of its own"
+                    ) from None
+            time.sleep(0.05)
 
     def is_in_use(self) -> bool:
         """Whether a learner has the lock."""

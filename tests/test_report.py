@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from learner.excerpts.folder import ExcerptFolder
-from learner.report.charts import MAX_POINTS
+from learner.report.charts import MAX_POINTS, make_charts
 from learner.report.pieces import Pieces
+from learner.report.run import read_run
 from tests.report_runs import PLACES, make_run
 from tests.runs import LocalRun, import_experts, run_module, write_config
 
@@ -93,7 +95,7 @@ def test_every_chart_that_people_ask_for_is_there_for_every_run(run: Path, tiny_
     assert [one["name"] for one in page.known["runs"]] == ["one", "two"]
     expected = {
         "Reward", "Held-out accuracy", "Losses", "μ", "φ", "Policy entropy", "Mismatch KL", "Answer length",
-        "Staleness of trained groups", "Who waited for whom", "Tokens per second", "Weight bytes",
+        "Staleness of groups", "Who waited for whom", "Tokens per second", "Weight bytes",
     }  # fmt: skip
     for title in expected:
         assert {series["run"] for series in page.series(title)} == {0, 1}, title
@@ -107,7 +109,7 @@ def test_every_chart_that_people_ask_for_is_there_for_every_run(run: Path, tiny_
         [0.12] * len(accuracy["x"])
     )
     assert page.series("Weight bytes")[0]["y"] == [270_000_000] * NUM_STEPS
-    assert sum(page.series("Staleness of trained groups")[0]["y"]) == pytest.approx(1)
+    assert sum(page.series("Staleness of groups")[0]["y"]) == pytest.approx(1)
 
 
 def test_the_page_asks_nobody_for_anything_and_shows_text_as_text(run: Path) -> None:
@@ -138,6 +140,21 @@ def test_a_run_that_goes_on_can_be_looked_at(tiny_model: Path, tmp_path: Path) -
     assert len(page.answers(of_experts=False)) >= 3 * 4
     assert len(page.answers(of_experts=True)) >= 3 * 2
     assert report(local.folder).known["runs"][0]["facts"]["state"] == "stopped"
+
+
+def test_groups_that_came_too_late_stand_beside_those_that_were_trained_on(run: Path) -> None:
+    found = read_run(run, name="one")
+    trained = sum(count for line in found.lines for count in line["staleness_histogram"].values())
+    (chart,) = [one for one in make_charts([replace(found, num_too_old=trained)]) if one.title == "Staleness of groups"]
+    sampled, of_trained = chart.series
+    assert (sampled["x"], sampled["y"]) == ([0, 1, 2], pytest.approx([1 / 6, 2 / 6, 3 / 6]))
+    assert (of_trained["label"], of_trained["y"]) == ("trained", pytest.approx([1 / 3, 2 / 3]))
+
+
+def test_several_runs_want_a_file_for_their_page(run: Path) -> None:
+    done = run_module("learner.report", str(run), str(run), check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "chord-report: --output: got none for 2 runs, expected the page's file"
 
 
 def test_a_line_that_is_being_written_is_left_for_later(run: Path) -> None:

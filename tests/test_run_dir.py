@@ -1,9 +1,11 @@
 """A run directory of another user: told in one line, and left as it was."""
 
+import fcntl
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 import learner.rewind  # noqa: F401 - before the test gives up its rights
 from common.errors import OperatorError
+from common.run_dir import RunDir
 from learner.__main__ import learner as start
 from tests.runs import QUIET, write_config
 
@@ -67,3 +70,16 @@ def test_a_user_who_may_not_enter_the_run_is_told_so_in_one_line(config: Path) -
         f"run.dir: {folder}/ledger.sqlite: Permission denied, expected a run of the user who starts this "
         f"(user {STRANGER + 1})"
     )
+
+
+def test_a_look_at_a_run_keeps_no_learner_out_and_another_learner_does(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    with (tmp_path / ".lock").open("w") as looker:
+        fcntl.flock(looker, fcntl.LOCK_SH)
+        threading.Timer(0.2, lambda: fcntl.flock(looker, fcntl.LOCK_UN)).start()
+        lock = run_dir.lock()
+    assert run_dir.is_in_use()
+    with pytest.raises(OperatorError, match="is in use by another learner"):
+        run_dir.lock()
+    os.close(lock)
+    assert not run_dir.is_in_use()

@@ -96,10 +96,11 @@ class Account:
         return self._yield("state IN ('training', 'trained')", last)
 
     def answer_lengths(self) -> list[tuple[float, bool]]:
-        """Of every group that came: the mean tokens of its answers, and whether it was or is being trained."""
+        """Of every group that came and no longer waits: the mean tokens of its answers, and whether it was or is being
+        trained."""
         query = (
             "SELECT num_answer_tokens * 1.0 / num_trajectories, state IN ('training', 'trained') FROM groups "
-            "WHERE num_trajectories > 0"
+            "WHERE num_trajectories > 0 AND state != 'committed'"
         )
         with self._db.lock:
             return [(length, bool(is_trained)) for length, is_trained in self._db.execute(query)]

@@ -15,7 +15,7 @@ app = new_command("Make one HTML page to look at runs with: charts, and what was
 def command(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories, drawn over another.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page; report.html in the first RUN_DIR where not given.")
+        Path | None, typer.Option("--output", "-o", help="The page. Of one run it is RUN_DIR/report.html if not given.")
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(help="Tokens of answers in the page at most; steps are left out evenly where there are more.")
@@ -26,6 +26,8 @@ def command(
     from learner.report.run import read_run
     from learner.report.trajectories import gather
 
+    if output is None and len(run_dirs) > 1:
+        raise OperatorError(f"--output: got none for {len(run_dirs)} runs, expected the page's file")
     runs = [read_run(path, name=name) for path, name in zip(run_dirs, _names(run_dirs), strict=True)]
     page = make_page(runs, gather(runs, max_tokens=max_tokens))
     path = output or run_dirs[0] / "report.html"

@@ -1,7 +1,11 @@
 // A group in full: its prompt, its answers side by side, every token coloured by what is asked for.
 
 const BLUE = "0,114,178", ORANGE = "213,94,0", GREEN = "0,158,115";
-const VERSION_COLORS = ["0,158,115", "0,114,178", "204,121,167", "213,94,0", "230,159,0", "86,180,233"];
+// By age; one for all that are older.
+const VERSION_COLORS = [
+  "0,158,115", "0,114,178", "204,121,167", "213,94,0", "230,159,0", "86,180,233", "240,228,66", "136,34,85", "128,128,128",
+];
+const colorOfAge = (age) => tint(VERSION_COLORS[Math.min(age, VERSION_COLORS.length - 1)], 0.6);
 const tint = (color, share) => `rgba(${color},${(0.65 * Math.min(Math.max(share, 0), 1)).toFixed(3)})`;
 
 // Each says the background of a token, "" where it has nothing to say, and its legend.
@@ -18,9 +22,9 @@ const COLORINGS = {
   },
   version: {
     name: "policy version",
-    color: ({ version }, step) => (version < 0 ? "" : tint(VERSION_COLORS[(step - 1 - version) % 6], 0.6)),
+    color: ({ version }, step) => (version < 0 ? "" : colorOfAge(step - 1 - version)),
     legend: (step, versions) => versions.map((version) => [
-      `${version} (${step - 1 - version} old)`, tint(VERSION_COLORS[(step - 1 - version) % 6], 0.6),
+      `${version} (${step - 1 - version} old)`, colorOfAge(step - 1 - version),
     ]),
     says: "the version that sampled, and its staleness",
   },

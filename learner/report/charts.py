@@ -170,21 +170,29 @@ def _interval(line: Mapping[str, Any]) -> tuple[float, float]:
 
 def _hours_of(run: Run, steps: Sequence[int]) -> list[float]:
     """When each version was there."""
-    hours = {line["step"]: line["run_wall_s"] / _S_PER_H for line in run.lines}
+    hours = {line["step"]: line.get("run_wall_s", 0.0) / _S_PER_H for line in run.lines}
     return [hours.get(step, 0.0) for step in steps]
 
 
 def _staleness(runs: Sequence[Run]) -> Chart:
-    chart = Chart("Staleness of trained groups", "share of all groups trained", "bars", "optimizer steps")
+    """Where groups came too late, those that came stand beside those that were trained on."""
+    chart = Chart("Staleness of groups", "shares of groups", "bars", "optimizer steps")
     for r, run in enumerate(runs):
         counts: Counter[int] = Counter()
         for line in run.lines:
             counts.update({int(lag): count for lag, count in line.get("staleness_histogram", {}).items()})
+        bound = run.setting("algorithm", "max_staleness")
+        if run.num_too_old and bound is not None:
+            label = f"sampled, at {bound + 1} all that were dropped as too old"
+            chart.series.append(_shares(r, label, counts + Counter({bound + 1: run.num_too_old})))
         if counts:
-            lags = list(range(max(counts) + 1))
-            shares = [counts[lag] / counts.total() for lag in lags]
-            chart.series.append({"run": r, "label": "trained", "x": lags, "y": shares})
+            chart.series.append(_shares(r, "trained", counts))
     return chart
+
+
+def _shares(run: int, label: str, counts: Counter[int]) -> dict[str, Any]:
+    lags = list(range(max(counts) + 1))
+    return {"run": run, "label": label, "x": lags, "y": [counts[lag] / counts.total() for lag in lags]}
 
 
 def _lengths(runs: Sequence[Run]) -> Chart:

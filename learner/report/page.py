@@ -94,7 +94,7 @@ def _describe(run: Run) -> dict[str, Any]:
             "trajectories": sum(line.get("num_trajectories", 0) for line in run.lines),
             "largest staleness": max((line.get("staleness_max") or 0 for line in run.lines), default=0),
             "lost, duplicates": f"{run.summary['lost']}, {run.summary['duplicates']}" if run.summary else "–",
-            "hours": f"{run.lines[-1]['run_wall_s'] / 3600:.2f}" if run.lines else "–",
+            "hours": f"{run.lines[-1].get('run_wall_s', 0.0) / 3600:.2f}" if run.lines else "–",
         },
         "notes": run.notes,
     }

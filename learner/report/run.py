@@ -10,6 +10,7 @@ from common.errors import OperatorError
 from common.run_dir import RunDir
 from learner.ledger.account import Account
 from learner.ledger.database import Database
+from learner.ledger.leases import DropReason
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Run:
     """What the learner does now; empty where none runs."""
     answer_lengths: list[tuple[float, bool]]
     """See Account.answer_lengths."""
+    num_too_old: int
+    """Groups that were dropped because they were staler than is allowed."""
     notes: list[str]
     """What could not be read, and why."""
 
@@ -56,8 +59,8 @@ def read_run(path: Path, *, name: str) -> Run:
         evaluations=_read_lines(run_dir.evaluations),
         summary=_read_object(run_dir.summary),
         status=_read_object(run_dir.status) if run_dir.is_in_use() else {},
-        answer_lengths=_read_lengths(run_dir.ledger, notes),
         notes=notes,
+        **_read_ledger(run_dir.ledger, notes),
     )
 
 
@@ -83,15 +86,20 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _read_lengths(ledger: Path, notes: list[str]) -> list[tuple[float, bool]]:
+def _read_ledger(ledger: Path, notes: list[str]) -> dict[str, Any]:
+    nothing = {"answer_lengths": [], "num_too_old": 0}
     if not ledger.exists():
-        return []
+        return nothing
     try:
         database = Database(ledger, is_read_only=True)
     except OperatorError as error:
         notes.append(str(error))
-        return []
+        return nothing
     try:
-        return Account(database).answer_lengths()
+        account = Account(database)
+        return {
+            "answer_lengths": account.answer_lengths(),
+            "num_too_old": account.dropped().get(DropReason.STALE, 0),
+        }
     finally:
         database.close()

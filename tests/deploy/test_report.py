@@ -21,8 +21,8 @@ from tests.report_runs import GROUP_SIZE, make_run
 from tests.runs import run_module
 from tests.tiny_model import make_tiny_model
 
-NUM_STEPS = (300, 20)
-"""Of the two runs in the page; the first alone has 5,400 trajectories and demonstrations."""
+NUM_STEPS = (320, 20)
+"""Of the two runs in the page; the first alone has 5,120 trajectories, and 640 demonstrations."""
 MAX_OPEN_MS = 2000
 PER_STEP = 2 * GROUP_SIZE + 2
 
@@ -46,8 +46,8 @@ def rows(runs: list[Path]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def seen(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     screenshots = tmp_path_factory.mktemp("screenshots")
-    page = runs[0] / "report.html"
-    run_module("learner.report", *map(str, runs))
+    page = runs[0].parent / "compared.html"
+    run_module("learner.report", *map(str, runs), "--output", str(page))
     script = Path(__file__).with_name("visit.mjs")
     command = ["node", str(script), str(TOOLS / "node" / "node_modules"), str(page), str(screenshots)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -66,8 +66,9 @@ def alpha(color: str) -> float:
 
 
 def test_a_page_of_5000_trajectories_opens_in_less_than_2_s(seen: dict[str, Any]) -> None:
-    assert NUM_STEPS[0] * PER_STEP > 5000
-    assert min(opening["all"] for opening in seen["openMs"]) < MAX_OPEN_MS, seen["openMs"]
+    assert NUM_STEPS[0] * 2 * GROUP_SIZE > 5000
+    _, median, _ = sorted(opening["all"] for opening in seen["openMs"])
+    assert median < MAX_OPEN_MS, seen["openMs"]
 
 
 def test_it_asks_for_nothing_but_itself_and_makes_no_mistake(seen: dict[str, Any]) -> None:
@@ -82,8 +83,8 @@ def test_the_charts_say_what_the_steps_were(seen: dict[str, Any], runs: list[Pat
         assert title in charts["titles"]
     assert [name.strip() for name in charts["runs"]] == ["run-0", "run-1"]
     last = json.loads((runs[0] / "metrics.jsonl").read_text().splitlines()[-1])
-    assert charts["facts"][1:4] == ["chord_phi", "1", "300 of 301"]
-    assert charts["hovered"].startswith(f"step 300: run-0 {last['reward_mean']:.3g} · run-1 ")
+    assert charts["facts"][1:4] == ["chord_phi", "1", "320 of 321"]
+    assert charts["hovered"].startswith(f"step 320: run-0 {last['reward_mean']:.3g} · run-1 ")
     assert charts["description"].startswith("Reward. run-0 reward: from ")
     assert charts["atHome"].startswith("step 1: ")
     assert charts["oneRight"].startswith("step 2: ")
@@ -185,9 +186,11 @@ def test_expert_rows_show_phi_for_every_token(seen: dict[str, Any], rows: list[d
     experts = [row for row in rows if not in_group(row)]
     assert group["experts"] == f"{len(experts)} of {len(rows)}"
     row = next(row for row in experts if f"expert row {row['expert_row_id']}" in group["expertTitle"])
+    assert group["expertText"] == row["text"]
     p = np.exp(np.array(row["policy_logprobs"]))
-    shown = group["expertHovered"]
-    assert "φ " in shown
-    assert "weight here" in shown
-    assert max(map(alpha, group["expertColors"])) <= 0.65
-    assert len(group["expertColors"]) == len(p)
+    phi = p * (1 - p)
+    assert [alpha(color) for color in group["expertColors"]] == pytest.approx(0.65 * phi / 0.25, abs=0.01)
+    shown = re.search(r"φ ([\d.]+)", group["expertHovered"])
+    assert shown
+    assert float(shown.group(1)) == pytest.approx(phi[2], abs=0.002)
+    assert "weight here" in group["expertHovered"]
