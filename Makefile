@@ -19,7 +19,7 @@ help:
 	@echo "make chaos  kill, stop, cut off, starve and damage real runs for about half an hour; nothing may be lost"
 	@echo "make soak   an hour of light faults and hostile connections; memory must not grow"
 	@echo "make bench  every hot path against what you would use instead, in one run (PART=learner: that part alone)"
-	@echo "make compare  the methods against each other on a real model, run by run (MINUTES=150: end by then; stop and go on at will)"
+	@echo "make compare  the methods against each other on a real model, run by run (MINUTES=150: end by then; COMMIT=1: commit each; stop and go on at will)"
 
 demo: $(READY) $(MODEL)/config.json
 	$(BIN)/chord-expert import reasoning_gym --num-rows 1000 --config $(DEMO)
@@ -58,7 +58,7 @@ bench: $(VENV)/.bench $(MODEL)/config.json
 	$(BIN)/python -m tests.bench $(PART)
 
 compare: $(READY) $(MODEL)/config.json
-	$(BIN)/python -m tests.compare --minutes $(or $(MINUTES),0)
+	$(BIN)/python -m tests.compare --minutes $(or $(MINUTES),0) $(if $(COMMIT),--commit)
 
 # The peers that `make bench` compares with.
 $(VENV)/.bench: $(READY)

@@ -1,6 +1,7 @@
 """`make compare` with real runs of a tiny model: taken and kept; and weights that lag as much as they are to."""
 
 import asyncio
+import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,7 +39,10 @@ def make_scale(model: Path, **sizes: object) -> Scale:
 def test_a_run_is_taken_measured_and_kept_so_that_it_is_not_taken_again(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
     results, scratch = tmp_path / "compare" / "results", tmp_path / "scratch"
-    session = Session(make_scale(tiny_model), results, scratch, tmp_path, Console())
+    session = Session(make_scale(tiny_model), results, scratch, tmp_path, Console(), commits=True)
+    (tmp_path / "unfinished.txt").touch()
+    for words in (["init", "--quiet"], ["config", "user.name", "me"], ["config", "user.email", "me@localhost"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     sft = next(run for run in session.plan()[0] if run.label == "sft")
     session.take(sft)
     result = load_results(results)[sft.name]
@@ -55,6 +59,13 @@ def test_a_run_is_taken_measured_and_kept_so_that_it_is_not_taken_again(tiny_mod
     assert (tmp_path / FIGURE).exists()
     assert resolve_config(results / f"{sft.name}.toml").config.algorithm.preset == "sft"
     assert not list(scratch.rglob("*.safetensors")), "no weights are kept"
+    told = ["git", "-C", str(tmp_path), "log", "--format=%s", "--name-only"]
+    subject, *files = subprocess.run(told, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert subject.startswith(f"Compare: {sft.name}, accuracy ")
+    assert {Path(file) for file in files if file} == {
+        Path("README.md"), Path(FIGURE), Path("compare/compare.json"), Path(f"compare/results/{sft.name}.json"),
+        Path(f"compare/results/{sft.name}.toml"),
+    }  # fmt: skip
     assert fresh(sft, session.plan()[1]) == result
     assert next(run for run in session.plan()[0] if run.label == "sft_then_rl").is_ready, "its rate is chosen now"
 

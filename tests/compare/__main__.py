@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from tests.compare.commands import CommandFailed
+from tests.compare.committing import commit
 from tests.compare.figure import draw
 from tests.compare.harness import Harness
 from tests.compare.outcome import describe
@@ -38,6 +39,8 @@ class Session:
     home: Path
     """The checkout whose README and figure are made anew."""
     console: Console
+    commits: bool = False
+    """After every run."""
     _failure: str = ""
     """The last one's."""
 
@@ -67,6 +70,8 @@ class Session:
         result = self._try(run) or self._try_again(run)
         write_result(self.results, result)
         self.report()
+        if self.commits:
+            self._commit(result)
         return result
 
     def plan(self) -> tuple[list[PlannedRun], dict[str, Result]]:
@@ -113,6 +118,13 @@ class Session:
         if result is None:
             result = Result(run.name, run.part, run.label, run.seed, run.lr, run.settings_hash, failure=self._failure)
         return replace(result, earlier_failure=earlier)
+
+    def _commit(self, result: Result) -> None:
+        paths = [self.results, self.results.parent / "compare.json", self.home / "README.md", self.home / FIGURE]
+        try:
+            commit(self.home, [path.absolute() for path in paths], f"Compare: {result.name}, {_figures(result)}")
+        except CommandFailed as failure:
+            self._say(f"{result.name} is not committed: {failure}")
 
     def _say(self, line: str) -> None:
         self.console.print(f"{time.strftime('%H:%M')} {line}", markup=False, highlight=False)
@@ -178,12 +190,13 @@ def main(
     minutes: Annotated[float, typer.Option(help="start no run that would not end within so many; 0: no limit")] = 0.0,
     plan: Annotated[bool, typer.Option("--plan", help="show what is done and what is to do, and stop")] = False,
     report: Annotated[bool, typer.Option("--report", help="make table and figure anew, and stop")] = False,
+    commits: Annotated[bool, typer.Option("--commit", help="commit results, table and figure after every run")] = False,
     results: Annotated[Path, typer.Option(help="where results and configurations are kept")] = FOLDER,
     scratch: Annotated[Path, typer.Option(help="where runs take place")] = Path("runs/compare"),
 ) -> None:
     """Take what is not there yet, and make compare.json, README's table and the figure after every run."""
     console = Console(width=max(Console().width, 120))
-    session = Session(Scale(), results, scratch, Path(), console)
+    session = Session(Scale(), results, scratch, Path(), console, commits)
     if report:
         session.report()
         return

@@ -1,0 +1,17 @@
+"""Commits what a finished run has changed, so that a machine that dies takes no results along."""
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.compare.commands import CommandFailed
+
+
+def commit(home: Path, paths: Sequence[Path], message: str) -> None:
+    """Commit `paths` of the checkout `home` and nothing else. Raises CommandFailed with git's last line."""
+    names = [str(path) for path in paths]
+    for command in (["add", "--", *names], ["commit", "--quiet", "-m", message, "--only", "--", *names]):
+        done = subprocess.run(["git", "-C", str(home), *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+            raise CommandFailed(f"git {command[0]} ended with {done.returncode}: {said[-1]}")
