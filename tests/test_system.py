@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.runs import LocalRun, audit_groups, import_experts, read_lines, read_summary, run_module, write_config
 
+SIMULATED = {"engine": "simulated", "tokens_per_s": 40.0}
+"""Where it does not matter what is sampled: actors that start sooner, and steps that leave time to strike."""
+
 
 def check_record(folder: Path, *, num_steps: int, max_staleness: int = 1) -> None:
     """What every finished run must have left behind, whatever befell it."""
@@ -60,7 +63,7 @@ def test_a_run_trains_evaluates_exports_and_leaves_no_process_behind(tiny_model:
 
 
 def test_killing_an_actor_changes_nothing_but_the_time(tiny_model: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tiny_model, learner={"num_steps": 6})
+    config = write_config(tmp_path, tiny_model, actor=SIMULATED, learner={"num_steps": 6})
     import_experts(config)
     with LocalRun(config) as run:
         run.wait_until(lambda: run.num_steps_done() >= 1)
@@ -71,7 +74,10 @@ def test_killing_an_actor_changes_nothing_but_the_time(tiny_model: Path, tmp_pat
 
 
 def test_a_killed_learner_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tiny_model, learner={"num_steps": 7, "checkpoint_every_steps": 2})
+    config = write_config(
+        tmp_path, tiny_model, run={"num_actors": 1}, actor=SIMULATED,
+        learner={"num_steps": 7, "checkpoint_every_steps": 2},
+    )  # fmt: skip
     import_experts(config)
     with LocalRun(config) as run:
         run.wait_until(lambda: run.num_steps_done() >= 3)
@@ -82,7 +88,10 @@ def test_a_killed_learner_goes_on_where_it_was(tiny_model: Path, tmp_path: Path)
 
 
 def test_ctrl_c_writes_a_checkpoint_and_the_next_start_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tiny_model, learner={"num_steps": 1000, "checkpoint_every_steps": 500})
+    config = write_config(
+        tmp_path, tiny_model, run={"num_actors": 1}, actor=SIMULATED,
+        learner={"num_steps": 1000, "checkpoint_every_steps": 500},
+    )  # fmt: skip
     import_experts(config)
     with LocalRun(config) as run:
         run.wait_until(lambda: run.num_steps_done() >= 2)
@@ -105,7 +114,9 @@ def test_max_staleness_zero_is_exactly_synchronous(tiny_model: Path, tmp_path: P
 
 
 def test_sft_needs_no_actor_and_grpo_no_expert(tiny_model: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tiny_model, eval={"every_steps": 0}, learner={"num_steps": 2})
+    config = write_config(
+        tmp_path, tiny_model, run={"num_actors": 1}, actor=SIMULATED, eval={"every_steps": 0}, learner={"num_steps": 2}
+    )
     import_experts(config)
     with LocalRun(config, "algorithm.preset=sft", f"run.dir={tmp_path / 'run'}") as run:
         run.finish()
@@ -178,7 +189,9 @@ def test_mistakes_end_with_one_line_and_exit_code_two(tiny_model: Path, tmp_path
 
 
 def test_a_busy_port_is_named_and_every_component_serves_metrics(tiny_model: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tiny_model, eval={"every_steps": 1000}, learner={"num_steps": 100000})
+    config = write_config(
+        tmp_path, tiny_model, actor=SIMULATED, eval={"every_steps": 1000}, learner={"num_steps": 100000}
+    )
     import_experts(config)
     with LocalRun(config) as run:
         run.wait_until(lambda: run.num_steps_done() >= 1 and len(read_lines(run.folder / "eval.jsonl")) == 1)
