@@ -1,6 +1,7 @@
 """`make compare`: an honest comparison of methods, taken run by run, over as many sessions as it needs."""
 
 import json
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -203,6 +204,8 @@ def main(
     session.tell_plan()
     if plan:
         return
+    for ending in (signal.SIGINT, signal.SIGTERM):  # in the background, too, where a shell has SIGINT ignored
+        signal.signal(ending, signal.default_int_handler)
     try:
         num_failed = session.take_runs(deadline=time.monotonic() + 60 * minutes if minutes else None)
     except KeyboardInterrupt:
