@@ -197,8 +197,13 @@ def test_a_learner_under_hostile_fire_goes_on_and_loses_nothing(
     tiny_model: Path, tmp_path: Path, has_keys: bool
 ) -> None:
     keys = make_keys(tmp_path / "keys") if has_keys else None
-    actor = {"engine": "simulated", "tokens_per_s": 100.0, "max_groups_in_flight": 1}  # leaves leases for thieves
-    sections = {"actor": actor, "eval": {"every_steps": 0}, "network": {"keys": str(keys)} if keys else {}}
+    sections = {
+        # Actors slower than the learner, and more leases than they take: some are there for thieves.
+        "actor": {"engine": "simulated", "tokens_per_s": 15.0, "max_groups_in_flight": 1},
+        "algorithm": {"max_staleness": 8},
+        "eval": {"every_steps": 0},
+        "network": {"keys": str(keys)} if keys else {},
+    }
     site = Site(tmp_path / "site", tiny_model, sections, seed=5 + has_keys)
     try:
         site.start()
@@ -208,8 +213,8 @@ def test_a_learner_under_hostile_fire_goes_on_and_loses_nothing(
         found = audit(site.run_dir)
     finally:
         site.close()
-    assert report.is_withstood, report
-    assert report.memory_growth_bytes < 200 << 20, report
+    assert report.is_withstood, repr(report)
+    assert report.memory_growth_bytes < 200 << 20, repr(report)
     assert found["violations"] == []
 
 

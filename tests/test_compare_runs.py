@@ -74,8 +74,8 @@ def test_a_run_with_lagging_weights_is_exactly_as_stale_as_planned(tiny_model: P
     scale = make_scale(tiny_model, num_steps=5, lag_sft_steps=3)
     run = lagged_run(scale, seed=0, lag=2, correction="tis", lr=1e-3, sft_lr=1e-3)
     result = Harness(scale, tmp_path / "scratch", tmp_path / "results").take(run)
-    assert result.curves["staleness_mean"] == [None, None, None, 2, 2, 2, 2, 2]
-    assert result.curves["staleness_max"] == [None, None, None, 2, 2, 2, 2, 2]
+    assert result.curves["staleness_mean"] == [None, None, None, 0, 1, 2, 2, 2]
+    assert result.curves["staleness_max"] == [None, None, None, 0, 1, 2, 2, 2]
     assert result.budget["answers"] == 20
     assert result.retention == {}
     assert result.budget["tokens_sampled"] > 0
@@ -90,7 +90,7 @@ def test_a_run_that_fails_twice_is_kept_as_failed(tmp_path: Path, capsys: pytest
     session.take(start)
     assert capsys.readouterr().out.count("failed: actors.evaluator ended with 2: chord-eval: model.path: got") == 2
     assert "expected a Hugging Face folder" in load_results(results)[start.name].failure
-    assert "Failed, and counted as such: methods-start-seed0." in (tmp_path / "README.md").read_text()
+    assert "Failed twice, and in no mean: methods-start-seed0." in (tmp_path / "README.md").read_text()
 
 
 def test_a_command_that_outstays_its_time_is_ended(tmp_path: Path) -> None:
@@ -131,6 +131,14 @@ def test_weights_are_served_when_newer_ones_have_come_and_not_before(tmp_path: P
     assert lagging.version
     assert lagging.version.step == 4
     assert sorted(path.name for path in (tmp_path / "held").iterdir()) == [f"{step}.safetensors" for step in (2, 3, 4)]
+
+
+def test_no_version_of_before_the_first_that_samples_is_served_later(tmp_path: Path) -> None:
+    served = Served()
+    lagging = LaggingEngine(served, lag=2, first=3)
+    for step in range(7):
+        give(lagging, tmp_path, step)
+    assert served.steps == [0, 1, 2, 3, 4]
 
 
 def test_a_version_that_was_never_fetched_is_made_up_for_by_the_next(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 How stale groups are is decided by how far actors run ahead, which differs from machine to machine: where the learner is
 the faster side, staleness stays near 1 whatever the limit is. Held back like this, with algorithm.max_staleness = LAG,
 the ledger's arithmetic (an actor that serves version v may lease the groups of steps up to v + max_staleness) leaves
-exactly one schedule: learner and actor take turns, and from step LAG on every token is exactly LAG steps old when it
-is trained on. All lags then take the same turns, and differ in nothing but the age of the weights. It is a plain
-chord-actor but for that: newer versions are fetched at once and laid by until their time has come.
+exactly one schedule: learner and actor take turns, and from LAG steps after the supervised ones on every token is
+exactly LAG steps old when it is trained on. All lags then take the same turns, and differ in nothing but the age of
+the weights. It is a plain chord-actor but for that: newer versions are fetched at once and laid by until their time
+has come. Versions of before the first step that samples are not served later, whoever fetched them.
 """
 
 import asyncio
@@ -30,9 +31,11 @@ app = new_command("A chord-actor that serves the version LAG optimizer steps beh
 class LaggingEngine:
     """What the fitter loads into: it hands on old versions only."""
 
-    def __init__(self, engine: Engine, lag: int) -> None:
+    def __init__(self, engine: Engine, lag: int, *, first: int = 0) -> None:
+        """`first` is the oldest version that is served once a newer one is there."""
         self._engine = engine
         self._lag = lag
+        self._first = first
         self._held: dict[int, Snapshot] = {}
         """By step, those that are served or will be."""
         self.version: Version | None = None
@@ -42,7 +45,8 @@ class LaggingEngine:
         """Lay the newest by, and load the oldest that is at most LAG steps behind it."""
         newest = snapshot.version.step
         self._held[newest] = replace(snapshot, path=self._keep(snapshot))
-        due = min(step for step in self._held if step >= newest - self._lag)
+        oldest = max(newest - self._lag, min(self._first, newest))
+        due = min(step for step in self._held if step >= oldest)
         serving = self._engine.version
         if serving is None or serving.step != due:
             await self._engine.load(self._held[due], in_flight=in_flight)
@@ -63,9 +67,10 @@ class LaggingFitter(actors.fitter.Fitter):
     """The actor's fitter, in front of an engine that lags."""
 
     lag = 0
+    first = 0
 
     def __init__(self, engine: Engine, *arguments: Any, **options: Any) -> None:
-        super().__init__(LaggingEngine(engine, self.lag), *arguments, **options)
+        super().__init__(LaggingEngine(engine, self.lag, first=self.first), *arguments, **options)
 
 
 @app.command()
@@ -79,7 +84,7 @@ def lagging_actor(
     resolved = resolve_or_check(config, overrides, check=False).config
     check_address(resolved, name)
     start_logging(name)
-    LaggingFitter.lag = lag
+    LaggingFitter.lag, LaggingFitter.first = lag, resolved.sft_steps
     actors.fitter.Fitter = LaggingFitter  # run_actor asks for it by this name; all else is the actor's own
     asyncio.run(run_actor(resolved, name))
 
