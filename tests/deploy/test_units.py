@@ -73,7 +73,9 @@ def test_a_service_is_exposed_little(root: Path, service: str, options: list[str
     assert done.returncode == 0, done.stdout
     found = re.search(r"Overall exposure level for \S+: (\S+) OK", done.stdout)
     assert found
-    without, with_gpu = re.findall(r"(\d\.\d)(?: for the learner)? and (\d\.\d) (?:for the others|with the GPU)", README)
+    without, with_gpu = re.findall(
+        r"(\d\.\d)(?: for the learner)? and (\d\.\d) (?:for the others|with the GPU)", README
+    )
     said = with_gpu if options else without
     assert found[1] == said["learner" not in service], "deploy/README.md says something else"
 
