@@ -18,7 +18,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("only root may mount a small disk")
+        pytest.skip("a small disk cannot be mounted here: only root may, and not in every container")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
