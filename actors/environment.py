@@ -5,6 +5,7 @@ configuration's `environment.options`.
 """
 
 import asyncio
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -115,17 +116,25 @@ class SingleTurnEpisode:
 
 def make_environment(name: str, *, seed: int, options: dict[str, Any]) -> Environment:
     """The environment that an installed package offers under `name`. Raises ConfigError where that fails."""
-    offer = find_environment(name)
+    make = find_environment(name).load()
+    signature = inspect.signature(make)
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    is_bound = False
     try:
-        return offer.load()(seed=seed, **options)
+        signature.bind(seed=seed, **options)
+        is_bound = True
+        return make(seed=seed, **options)
     except TypeError as error:
-        raise ConfigError([f"environment.options: {name}: {_plainly(str(error))}"]) from error
+        mistake = _mistake_in(options, str(error))
+        if not mistake or (is_bound and not hands_on):
+            raise  # a bug inside of the environment
+        raise ConfigError([f"environment.options: {name}: {mistake}"]) from error
 
 
-def _plainly(said: str) -> str:
-    """What Python says of arguments, in the words of whoever wrote the options."""
-    if unknown := re.search(r"unexpected keyword argument (\S+)", said):
-        return f"got {unknown[1]}, expected options that it has"
-    if missing := re.search(r"missing \d+ required keyword-only arguments?: (.+)", said):
+def _mistake_in(options: dict[str, Any], said: str) -> str:
+    """What Python says of arguments, in the words of whoever wrote the options; empty where it is not about them."""
+    if (unknown := re.search(r"unexpected keyword argument '(\w+)'", said)) and unknown[1] in options:
+        return f"got '{unknown[1]}', expected options that it has"
+    if missing := re.search(r"missing (?:\d+|a) required (?:keyword-only )?arguments?: (.+)", said):
         return f"got no {missing[1]}, expected it"
-    return said
+    return "got 'seed', expected run.seed to set it" if "seed" in options else ""

@@ -5,8 +5,12 @@ rows, whichever seeds drew them, with nothing to be kept in step between machine
 """
 
 import hashlib
-from collections.abc import Iterator
+import os
+import random
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal, cast
 
 from common.chat import ChatMessage
@@ -14,10 +18,23 @@ from common.errors import ConfigError
 
 Split = Literal["train", "held_out"]
 
+TAG = "<answer>"
+"""Where a final answer begins, if an answer has it; it ends with </answer>."""
 HELD_OUT_BUCKETS = 4
 """Of 16 equally large buckets of questions, those that are held out."""
 _WINDOW = 512
 """Items drawn at most to find one of the wanted split: all of the other kind has probability (3/4)^512 or less."""
+_NUM_ITEMS = {
+    "acre": _WINDOW,
+    "gsm_symbolic": 512 * _WINDOW,
+    "list_functions": 512 * _WINDOW,
+    "word_ladder": 39 * _WINDOW,
+}
+"""Items of one dataset of families that lay all of them out at once, or refuse more; others have any number."""
+
+
+_HASHED = {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
+"""Families that go through sets of texts, in an order that is Python's own in each process."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,11 @@ class Problem:
     """Its worked solution where the family gives one, else the answer."""
     entry: dict[str, Any]
     """reasoning_gym's item, which its scorer wants back."""
+
+
+def first_item(seed: int) -> int:
+    """Where the problems of a run's seed begin: reasoning_gym seeds item n with seed + n, so seeds are spread far."""
+    return seed * 2_654_435_761 % 2**31  # Knuth's multiplicative hash; some families take no seed from 2^32 on
 
 
 def split_of(question: str) -> Split:
@@ -51,19 +73,18 @@ class ReasoningProblems:
         seed: int = 0,
         **parameters: Any,
     ) -> None:
-        """`parameters` are the family's own. Raises ConfigError where reasoning_gym refuses them.
+        """`seed` is that of the first item (see `first_item`), `parameters` are the family's own.
 
+        Raises ConfigError where reasoning_gym refuses them, or where another process would have other problems.
         `num_train_problems` makes the training split a finite one, gone through again and again.
         """
-        import reasoning_gym  # pyright: ignore[reportMissingTypeStubs]
-
         self.family = family
         self._num_train_problems = num_train_problems
         self._system = (ChatMessage(role="system", content=system_prompt),) if system_prompt else ()
-        try:
-            self._dataset = cast(Any, reasoning_gym).create_dataset(family, size=2**31 - 1, seed=seed, **parameters)
-        except (ValueError, TypeError, AssertionError) as error:
-            raise ConfigError([f"environment.options: {family}: {error}"]) from error
+        self._seed = seed
+        self._parameters = parameters
+        self._num_items = _NUM_ITEMS.get(family, 2**31 - 1)
+        self._first, self._dataset = 0, self._beginning_at(0)
 
     def problem(self, split: Split, index: int) -> Problem:
         """Problem number `index` of `split`; the same one for the same seed, on any machine."""
@@ -95,8 +116,32 @@ class ReasoningProblems:
         """reasoning_gym's own score in [0, 1] of the final answer in `text`; 1.0 is right."""
         return float(self._dataset.score_answer(answer=final_answer(text), entry=problem.entry))
 
+    def _beginning_at(self, position: int) -> Any:
+        """The dataset whose first item is number `position`, as reasoning_gym seeds item n with seed + n."""
+        import reasoning_gym  # pyright: ignore[reportMissingTypeStubs]
+        from reasoning_gym.factory import DATASETS  # pyright: ignore
+
+        families = sorted(cast("dict[str, Any]", DATASETS))
+        if self.family not in families:
+            close = get_close_matches(self.family, families, n=1) or families[:1]
+            expected = f"one of reasoning_gym's {len(families)}, such as {close[0]}"
+            raise ConfigError([f"environment.options: {self.family}: got no family, expected {expected}"])
+        if self.family in _HASHED and os.environ.get("PYTHONHASHSEED", "random") == "random":
+            got = f"environment.options: {self.family}: got no PYTHONHASHSEED in the environment"
+            raise ConfigError([f"{got}, expected one for all processes, such as 0: its problems follow from it"])
+        try:
+            return cast(Any, reasoning_gym).create_dataset(
+                self.family, size=self._num_items, seed=self._seed + position, **self._parameters
+            )
+        except (ValueError, TypeError, AssertionError) as error:
+            raise ConfigError([f"environment.options: {self.family}: {error}"]) from error
+
     def _at(self, position: int) -> Problem:
-        entry = self._dataset[position]
+        offset = position % self._num_items
+        if position - offset != self._first:
+            self._first, self._dataset = position - offset, self._beginning_at(position - offset)
+        with _seeded(f"{self._seed}/{position}"):
+            entry = self._dataset[offset]
         question, answer = str(entry["question"]), str(entry["answer"])
         metadata = entry["metadata"]
         solution = str(metadata.get("answer_cot") or metadata.get("solution") or answer)
@@ -104,8 +149,19 @@ class ReasoningProblems:
         return Problem(messages, question, answer, solution, entry)
 
 
+@contextmanager
+def _seeded(seed: str) -> Generator[None]:
+    """For families that draw from Python's own generator too, which is as it was afterwards."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
 def final_answer(text: str) -> str:
     """What an answer states at its end: inside <answer>…</answer>, else after ####, else all of it."""
-    if "<answer>" in text:
-        return text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    if TAG in text:
+        return text.rpartition(TAG)[2].partition("</answer>")[0].strip()
     return text.rpartition("####")[2].strip()

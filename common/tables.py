@@ -1,32 +1,52 @@
 """Tables of questions, answers or demonstrations: JSON lines, Parquet, or a dataset of the Hugging Face hub by its id.
 
-Files are streamed as they lie; a dataset id goes through the `datasets` library and its cache.
+Files are streamed as they lie; a dataset id goes through `common.hub`.
 """
 
 import codecs
 import json
+import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from pydantic_core import from_json
 
 from common.errors import OperatorError
+from common.hub import EXPECTED_SOURCE, fetch_batches, in_one_line
 
 T = TypeVar("T")
 
-HUB_TIMEOUT_S = 10.0
-"""Longest wait for the hub's first word; where none comes, only what `datasets` has cached can be read."""
-EXPECTED_SOURCE = "a .jsonl or .parquet file, a folder of .parquet files, or a dataset id owner/name[:config]"
 _DATASET_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.+-]+)?")
 _SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
 """What the file names of a downloaded dataset begin with."""
 _BATCH_ROWS = 1024
 _MAX_GOT_CHARS = 60
-_MAX_REASON_CHARS = 300
+
+
+class Columns(Mapping[str, Any]):
+    """The values of a row by column; outer.inner is a column of the object in the column `outer`."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def __getitem__(self, name: str) -> Any:
+        outer, dot, inner = name.partition(".")
+        if name in self._values or not dot:
+            return self._values[name]
+        nested = self._values[outer]
+        if not isinstance(nested, Mapping):
+            raise KeyError(name)
+        return Columns(cast("Mapping[str, Any]", nested))[inner]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 @dataclass(frozen=True)
@@ -79,7 +99,13 @@ def read_rows(source: str, *, split: str = "train") -> Iterator[TableRow | BadTa
         got = f"a {path.suffix or 'nameless'} file" if path.exists() else "no such file"
         raise OperatorError(f"{source}: got {got}, expected {EXPECTED_SOURCE}")
     else:
-        yield from _read_dataset(source, split)
+        yield from _numbered(fetch_batches(source, split), f"{source}[{split}]")
+
+
+def refuse_split(source: str, split: str, *, name: str) -> None:
+    """Raises OperatorError where `name` asks for a split of one file, which has none."""
+    if Path(source).suffix in (".jsonl", ".parquet") and not Path(source).expanduser().is_dir():
+        raise OperatorError(f"{name}: got {clip(split)} of {source}, expected no split of a single file")
 
 
 def read_json_lines(path: Path) -> Iterator[TableRow | BadTableRow]:
@@ -138,8 +164,10 @@ def _as_integer(value: Any) -> int | None:
 
 
 def _as_text_or_number(value: Any) -> str | None:
+    if isinstance(value, Decimal):
+        return f"{value:f}"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number else _as_text(value)
+    return str(value) if is_number and abs(value) < math.inf else _as_text(value)
 
 
 def _as_texts(value: Any) -> list[str] | None:
@@ -157,7 +185,7 @@ ANY_TEXT = Kind("text", _as_any_text)
 """Blank or not."""
 INTEGER = Kind("an integer", _as_integer)
 TEXT_OR_NUMBER = Kind("text or a number", _as_text_or_number)
-"""Numbers are read as text."""
+"""Numbers are read as text; NaN and infinity are none."""
 TEXTS = Kind("a list of texts", _as_texts)
 """Not empty; numbers in it are read as text."""
 LIST = Kind("a list", _as_list)
@@ -172,7 +200,7 @@ def _parse_line(raw: bytes, where: str) -> TableRow | BadTableRow:
         return BadTableRow(f"{where}: got {got}, expected a JSON object ({reason})")
     if not isinstance(values, dict):
         return BadTableRow(f"{where}: got {clip(values)}, expected an object")
-    return TableRow(where, cast("dict[str, Any]", values))
+    return TableRow(where, Columns(cast("dict[str, Any]", values)))
 
 
 def _parquet_files(folder: Path, split: str) -> list[Path]:
@@ -195,13 +223,8 @@ def _read_parquet(path: Path) -> Iterator[TableRow]:
         with path.open("rb") as raw, cast(Any, ParquetFile)(raw) as file:
             yield from _numbered(file.iter_batches(batch_size=_BATCH_ROWS), str(path))
     except (OSError, cast("type[Exception]", ArrowException)) as error:
-        reason = getattr(error, "strerror", None) or _in_one_line(error)
+        reason = getattr(error, "strerror", None) or in_one_line(error)
         raise OperatorError(f"{path}: cannot be read ({reason}), expected a Parquet file") from error
-
-
-def _read_dataset(source: str, split: str) -> Iterator[TableRow]:
-    dataset = _load_dataset(source, split).with_format("arrow")  # as stored: media columns stay undecoded
-    yield from _numbered(dataset.iter(batch_size=_BATCH_ROWS), f"{source}[{split}]")
 
 
 def _numbered(batches: Any, place: str) -> Iterator[TableRow]:
@@ -209,53 +232,4 @@ def _numbered(batches: Any, place: str) -> Iterator[TableRow]:
     for batch in batches:
         for values in batch.to_pylist():
             number += 1
-            yield TableRow(f"{place} row {number}", values)
-
-
-def _load_dataset(source: str, split: str) -> Any:
-    """One split by its id; where the hub does not answer, what is cached of it."""
-    import datasets  # pyright: ignore[reportMissingTypeStubs]
-    import huggingface_hub
-    import huggingface_hub.constants
-
-    libraries = cast(Any, datasets), cast(Any, huggingface_hub)
-    levels = [library.logging.get_verbosity() for library in libraries]
-    was_offline = huggingface_hub.constants.HF_HUB_OFFLINE
-    name, _, config = source.partition(":")
-    reason = ""
-    try:
-        for library in libraries:
-            library.logging.set_verbosity(50)  # what goes wrong is told below, in one line
-            if not sys.stderr.isatty():
-                library.utils.disable_progress_bars()
-        reason = _unreachable(name)
-        if reason:
-            huggingface_hub.constants.HF_HUB_OFFLINE = True  # else every file is asked for six times, with pauses
-        return cast(Any, datasets).load_dataset(name, config or None, split=split)
-    except Exception as error:
-        is_uncached = reason and isinstance(error, ConnectionError)
-        got = f"not cached, and the hub cannot be reached: {reason}" if is_uncached else _in_one_line(error)
-        raise OperatorError(f"{source}[{split}]: cannot be fetched ({got}), expected {EXPECTED_SOURCE}") from error
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = was_offline
-        for library, level in zip(libraries, levels, strict=True):
-            library.logging.set_verbosity(level)
-
-
-def _unreachable(name: str) -> str:
-    """Why the hub cannot be asked for the dataset `name`, empty where it answered: whatever it says, it is there."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
-    except HfHubHTTPError:
-        return ""
-    except Exception as error:
-        return _in_one_line(error) or type(error).__name__
-    return ""
-
-
-def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= _MAX_REASON_CHARS else text[: _MAX_REASON_CHARS - 1] + "…"
+            yield TableRow(f"{place} row {number}", Columns(values))

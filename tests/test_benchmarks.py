@@ -328,5 +328,39 @@ def test_a_dataset_that_cannot_be_fetched_is_told_in_one_line(monkeypatch: pytes
     answers = write_jsonl(tmp_path / "answers.jsonl", [ONE])
     code, _, errors = evaluate("--answers", answers, "--benchmark", "amc")
     assert code == 2
-    assert "AI-MO/aimo-validation-amc[train]: cannot be fetched" in errors
-    assert errors.count("\n") == 1, errors
+    *before, last = errors.splitlines()
+    assert "AI-MO/aimo-validation-amc[train]: cannot be fetched" in last
+    assert all("fetching" in line or "waiting" in line for line in before), errors
+
+
+def test_columns_of_a_benchmark_can_be_named_also_inside_of_objects(tmp_path: Path) -> None:
+    row = {
+        "prompt": "1+1?",
+        "reward_model": {"ground_truth": "2"},
+        "of": {"text": ["1", "2"]},
+        "key": "B",
+        "kind": "sum",
+    }
+    path = write_jsonl(tmp_path / "mine.jsonl", [row])
+    assert load_benchmark("gsm8k", f"{path}?question=prompt&answer=reward_model.ground_truth").golds == ["2"]
+    choice = load_benchmark("mmlu_pro", f"{path}?question=prompt&options=of.text&answer=key&category=kind")
+    assert choice.golds == ["B"]
+    assert choice.environment.episode("held_out", 0).category == "sum"
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ("?question=text", ':1: got columns question, answer, expected a value of "text"'),
+        ("?answer=answer.final", ':1: got columns question, answer, expected a value of "answer.final"'),
+        ("?prompt=question", 'eval.benchmarks: gsm8k: got "prompt=question" after the ?, expected PART=COLUMN'),
+        ("?question", 'eval.benchmarks: gsm8k: got "question" after the ?, expected PART=COLUMN'),
+        ("[train]", "expected no split of a single file"),
+    ],
+)
+def test_columns_and_splits_that_are_not_there_are_told_in_one_line(columns: str, said: str, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "gsm8k.jsonl", GSM8K)
+    with pytest.raises(OperatorError) as refused:
+        load_benchmark("gsm8k", f"{path}{columns}")
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from transformers import AutoTokenizer
@@ -34,6 +36,7 @@ from common.run_dir import RunDir
 from common.version import Version
 from common.weights.snapshot import Snapshot
 from common.wire.messages import MAX_CATEGORIES, TaskScore
+from learner.publisher import MAX_OWED
 from tests.runs import LocalRun, audit, import_experts, read_lines, read_summary, run_module, write_config
 from tests.tiny_model import snapshot_of
 
@@ -271,6 +274,18 @@ def test_a_model_is_scored_on_a_benchmark_and_its_saved_answers_score_alike(tiny
     assert {**scored, "wall_s": 0.0} == again
 
 
+@pytest.mark.parametrize("mistake", [["gsm8k=gone.jsonl"], ["gsm8k={gsm8k}", "actor.max_model_tokens=17"]])
+def test_a_mistake_leaves_the_samples_of_an_earlier_evaluation(
+    mistake: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    samples, gsm8k = tmp_path / "samples.jsonl", write_gsm8k(tmp_path / "gsm8k.jsonl", 1)
+    samples.write_text("kept\n")
+    benchmark, *overrides = [word.format(gsm8k=gsm8k) for word in mistake]
+    model = ["--model", str(tiny_model), "actor.engine=transformers", "eval.max_tokens=16", *overrides]
+    done = run_module("actors.evaluator", *model, "--benchmark", benchmark, "--samples", str(samples), check=False)
+    assert (done.returncode, samples.read_text()) == (2, "kept\n"), done.stderr
+
+
 def test_a_run_evaluates_every_task_of_every_version_once_and_keeps_the_answers(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -296,4 +311,35 @@ def test_a_run_evaluates_every_task_of_every_version_once_and_keeps_the_answers(
     assert list(summary["eval_tasks"]) == ["chain_sum", "gsm8k"]
     assert summary["eval_before"] == lines[0]["accuracy"]
     assert summary["eval_after"] == lines[2]["accuracy"]
+    assert audit(run.folder)["violations"] == []
+
+
+def test_training_waits_for_no_evaluator_and_what_it_still_owes_is_of_the_version_it_names(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    num_steps = 12
+    config = write_config(
+        tmp_path, tiny_model, run={"num_actors": 1, "watchdog_s": 120.0}, actor={"engine": "simulated"},
+        learner={"num_steps": num_steps}, algorithm={"preset": "grpo"}, eval={"every_steps": 1, "num_problems": 4},
+    )  # fmt: skip
+    with LocalRun(config) as run:
+        run.wait_until(lambda: run.num_steps_done() >= 1 and "evaluator" in run.components())
+        evaluator = run.components()["evaluator"]
+        evaluator.suspend()
+        run.wait_until(lambda: run.num_steps_done() == num_steps)
+        assert evaluator.status() == psutil.STATUS_STOPPED
+        num_before = len(read_lines(run.folder / "eval.jsonl"))
+        evaluator.resume()
+        run.finish()
+    lines = read_lines(run.folder / "eval.jsonl")
+    assert num_before < len(lines) <= num_before + MAX_OWED + 1, "expected what was owed, and the last version"
+    assert lines[-1]["step"] == num_steps
+    assert (
+        "is not evaluated: the evaluator is 3 evaluations behind" in (run.folder / "logs" / "learner.log").read_text()
+    )
+    with sqlite3.connect(run.folder / "ledger.sqlite") as database:
+        hashes = dict(database.execute("SELECT step, hash FROM versions"))
+    assert {line["step"]: line["version_hash"] for line in lines} == {
+        line["step"]: hashes[line["step"]] for line in lines
+    }
     assert audit(run.folder)["violations"] == []

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,17 @@ import psutil
 import pytest
 
 from actors.environment import Judgement, Turn, make_environment
-from actors.environments.answers import boxed_answer, gold_answer, is_same, last_number, stated_answer
+from actors.environments.answers import (
+    boxed_answer,
+    gold_answer,
+    last_number,
+    leading_expression,
+    stated_answer,
+)
 from actors.environments.comparer import LIMIT_S, Comparer
 from actors.environments.comparison import Verdict
 from actors.environments.math import Math, MathProblems, MathTask
+from actors.environments.spelling import is_same
 from common.errors import ConfigError, OperatorError
 from common.problems import split_of
 
@@ -98,12 +106,68 @@ def test_the_last_whole_box_is_found(text: str, answer: str | None) -> None:
         ("work\n#### 1,234", "1,234"),
         ("The answer is 3\n#### 4", "4"),
         ("The answer is: ...", None),
+        ("The answer is .5", ".5"),
+        ("#### .5", ".5"),
+        ("the answer = 12", "12"),
+        ("So the answer would be 12.", "12"),
+        ("The answer to the question is 12.", "12"),
+        ("The answer is:\n\\[\n12\n\\]", "\\[\n12\n\\]"),
+        ("**Final Answer**\n\n12", "12"),
+        ("### Final Answer\n$12$", "$12$"),
+        ("### Final Answer\nThere are 3 rows.", None),
+        ("#### Step 3: add", None),
+        ("#### 2. Check it", None),
+        ("#### **2. Check it**", None),
+        ("The answer is 72.\n\n#### Check\nfine", "72"),
+        ("The answer to this problem depends on whether n is 3", None),
+        ("The answer would not be 12.", None),
         ("answers are isomorphic", None),
         ("72", None),
     ],
 )
 def test_the_last_stated_answer_is_found(text: str, answer: str | None) -> None:
     assert stated_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("phrase", "expression"),
+    [
+        ("12 because there are 3 rows", "12"),
+        ("$18 for 2 days", "18"),
+        ("€18", "18"),
+        ("18 out of 20", "18"),
+        ("12 (3 rows of 4)", "12"),
+        ("12, not 13", "12"),
+        ("not 12", None),
+        ("definitely not $12$", None),
+        ("3*4 = 12", "12"),
+        ("12 dollars = 1200 cents", "1200"),
+        ("x = 5", "5"),
+        ("$x = 5$ because $y = 3$", "5"),
+        ("x = 5, y = 6", "x = 5, y = 6"),
+        ("5 or 6", "5 or 6"),
+        ("x = 5 or x = 6", "x = 5 or x = 6"),
+        ("5 and it is odd", "5"),
+        ("12 to 15", "12 to 15"),
+        ("a 12 cm rope", "12"),
+        ("12cm", "12cm"),
+        ("2xy + 1", "2xy + 1"),
+        ("12 cows + 3", "12 cows + 3"),
+        ("that there are $12 \\text{ big}$ cows", "12 \\text{ big}"),
+        ("(1, 2)", "(1, 2)"),
+        ("1,234 dollars", "1,234"),
+        ("3/4 of 8", "3/4"),
+        ("1 1/2 cups", r"1\frac{1}{2}"),
+        ("-.5", "-.5"),
+        ("2*sqrt(3)", r"2*\sqrt{3}"),
+        ("2pi", r"2\pi"),
+        (r"\frac{1}{2}", r"\frac{1}{2}"),
+        ("\\[\n12\n\\]", "12"),
+        ("unknown", None),
+    ],
+)
+def test_the_leading_expression_of_a_phrase_is_found(phrase: str, expression: str | None) -> None:
+    assert leading_expression(phrase) == expression
 
 
 @pytest.mark.parametrize(
@@ -167,7 +231,12 @@ def test_the_gold_answer_of_a_row_may_stand_at_the_end_of_its_solution(text: str
         ("-5", "−5", True),
         ("5", "5.0", True),
         (r"\left( 1, 2 \right)", "(1,2)", True),
+        (r"\text{June 20}", "June 20", True),
+        ("x^{2}+1", "x²+1", True),
+        ("0.5", ".5", True),
         ("72", "73", False),
+        ("100101", "100,101", True),
+        ("100101", "100, 101", None),
         ("11/2", "1 1/2", None),
         ("1/3", "0.333333", None),
         ("50", r"50\%", None),
@@ -200,6 +269,50 @@ def test_a_look_tells_same_from_different_or_leaves_it_open(gold: str, answer: s
         (r"\frac{1}{2}", r"The answer is \frac{2}{4}."),
         (r"\text{Monday}", r"\boxed{Monday}"),
         ("$72$", "#### 72"),
+        ("12", "The answer is 12 because there are 3 rows."),
+        ("18", "The answer is $18 for 2 days."),
+        ("18", "The answer is 18 out of 20."),
+        ("12", "The answer is 12, not 13."),
+        ("72", "The answer is 73. Wait, no: the answer is 72."),
+        ("73", "The answer is 72. Wait, no: the answer is 73."),
+        ("72", "#### 72 dollars"),
+        ("72", "#### 72 apples"),
+        ("12", "The answer is 3*4 = 12."),
+        ("5", "The answer is x = 5"),
+        ("5, 6", "The answer is 5 or 6."),
+        ("x=5,y=6", "The answer is x = 5, y = 6."),
+        ("y=2x+1", "The answer is y = 1 + 2x."),
+        ("(1, 2)", "The answer is (1, 2)."),
+        ("1.5", "The answer is 1 1/2 cups."),
+        ("0.75", "The answer is 3/4 of it."),
+        ("50", "The answer is 50% of 8."),
+        ("1234", "The answer is 1,234 dollars."),
+        ("60", "The answer is 60 km/h for 2 hours."),
+        ("12", "The answer is 12cm."),
+        ("12", "The answer is 12 L."),
+        (r"2\sqrt{3}", "The answer is 2*sqrt(3)."),
+        ("0.5", "The answer is .5"),
+        ("0.5", "#### .5"),
+        ("1234", "work\n#### 1,234"),
+        ("12", "The answer is:\n\\[\n12\n\\]"),
+        ("12", "The answer is:\n$$\n12\n$$"),
+        ("12", "**Final Answer**\n\n12"),
+        ("12", "### Final Answer\n12"),
+        ("12", "the answer = 12"),
+        ("12", "So the answer would be 12."),
+        ("12", "The answer to the question is 12."),
+        ("5", "Answer: (5)"),
+        ("5", "The answer is [5]."),
+        ("72", "The answer is 72.\n\n#### Check\nfine"),
+        ("90", r"\boxed{90°}"),
+        ("12", r"\boxed{12~}"),
+        (r"\frac{1}{2}", r"\boxed{½}"),
+        ("1.5", r"\boxed{1½}"),
+        ("x^2+1", r"\boxed{x²+1}"),
+        (r"3\sqrt{2}", r"\boxed{3√2}"),
+        ("12", r"\boxed{\underline{12}}"),
+        ("12", r"\boxed{\color{red}12}"),
+        (r"\text{June 20}", r"\boxed{June 20}"),
     ],
 )
 def test_right_answers_are_right_in_any_spelling(gold: str, text: str) -> None:
@@ -215,13 +328,68 @@ def test_right_answers_are_right_in_any_spelling(gold: str, text: str) -> None:
         ("1/3", r"\boxed{0.33}"),
         ("2", r"\boxed{2, 3}"),
         (r"\text{Monday}", r"\boxed{Tuesday}"),
+        ("3", "The answer is 12 because there are 3 rows."),
+        ("2", "The answer is $18 for 2 days."),
+        ("20", "The answer is 18 out of 20."),
+        ("12", "The answer is 13, not 12."),
+        ("3", "The answer is 3*4 = 12."),
+        ("6", "The answer is 5 or 6."),
+        ("5", "The answer is 5 or 6."),
+        ("5", "The answer is x = 5 or x = 6."),
+        ("6", "The answer is x = 5 or x = 6."),
+        ("12", "The answer is 12 to 15."),
+        ("6", "The answer is x = 5, y = 6."),
+        ("2", "The answer is (1, 2)."),
+        ("1", "The answer is 1 1/2 cups."),
+        ("4", "The answer is 3/4 of it."),
+        ("1", "The answer is x + 1."),
+        ("2", "The answer is 2xy + 1."),
+        ("2", "The answer is 2*sqrt(3)."),
+        ("2", "The answer is 2pi."),
+        ("5", "The answer is .5"),
+        ("5", "#### .5"),
+        ("234", "work\n#### 1,234"),
+        ("2", "The answer is:\n\\[\n12\n\\]"),
+        ("2", "The answer is:\n$$\n12\n$$"),
+        ("2", "**Final Answer**\n\n12"),
+        ("2", "### Final Answer\n12"),
+        ("13", "the answer = 12"),
+        ("13", "So the answer would be 12."),
+        ("13", "The answer to the question is 12."),
+        ("4", "Answer: (5)"),
+        ("4", "The answer is [5]."),
+        ("73", "The answer is 72.\n\n#### 73. Check\nfine"),
+        ("100101", r"\boxed{100, 101}"),
+        ("9", r"\boxed{90°}"),
+        ("1", r"\boxed{12~}"),
+        ("2", r"\boxed{½}"),
+        ("2x+1", r"\boxed{x²+1}"),
+        ("32", r"\boxed{3√2}"),
+        ("13", r"\boxed{\underline{12}}"),
+        ("13", r"\boxed{\color{red}12}"),
+        (r"\text{June 21}", r"\boxed{June 20}"),
     ],
 )
 def test_wrong_answers_are_wrong(gold: str, text: str) -> None:
     assert judge(gold, text) == Judgement(0.0, is_parsed=True)
 
 
-@pytest.mark.parametrize("text", ["", "72", "no idea", "the answer is unknown", r"\boxed{}", r"\boxed{((((}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "72",
+        "no idea",
+        "the answer is unknown",
+        "The answer is not 72.",
+        "The answer would not be 72.",
+        "#### Step 72: add",
+        "#### 72. Check it",
+        "### Final Answer\nThere are 72 rows.",
+        r"\boxed{}",
+        r"\boxed{((((}",
+    ],
+)
 def test_an_answer_that_cannot_be_read_scores_0_and_is_counted(text: str) -> None:
     assert judge("72", text) == Judgement(0.0, is_parsed=False)
 
@@ -434,6 +602,8 @@ def test_columns_are_mapped_by_options(tmp_path: Path) -> None:
         ),
         ({"question": str}, 'got columns question, expected a value of "answer" or "final_answer"'),
         ({"question": int, "answer": int}, "a.jsonl:1: question: got 0, expected text"),
+        ({"question": str, "answer": lambda n: float("nan")}, "a.jsonl:1: answer: got NaN, expected text or a number"),
+        ({"question": str, "answer": lambda n: float("inf")}, "a.jsonl:1: answer: got Infinity, expected text or"),
         ({"question": str, "answer": lambda n: [n]}, "a.jsonl:1: answer: got [0], expected text or a number"),
         (
             {"question": str, "answer": lambda n: "a\nb"},
@@ -449,6 +619,16 @@ def test_a_row_that_is_no_question_is_told_in_one_line(
         Math(seed=0, source=source)
     assert mistake in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_decimal_of_a_parquet_file_is_a_number(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"question": f"{n}?", "answer": Decimal(f"{n}.50")} for n in range(9)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    task = Math(seed=0, source=str(tmp_path / "a.parquet")).task("train", 0)[0]
+    assert task.answer == task.question.replace("?", ".50")
 
 
 @pytest.mark.parametrize(

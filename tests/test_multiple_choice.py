@@ -21,6 +21,7 @@ from common.problems import split_of
 from common.tables import TableRow
 
 TASK = ChoiceTask("Which is even?", ("1", "2", "3"), "B", category="numbers")
+CAPITALS = ChoiceTask("Which is in England?", ("Paris", "London", "Rome", "Bonn"), "B")
 
 
 def write_questions(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -85,6 +86,18 @@ def test_a_boxed_letter_is_found(text: str, letter: str | None) -> None:
         ("I pick B.", "B"),
         ("A\nB\nC", "C"),
         ("it is vitamin Z", None),
+        ("rich in vitamin C", None),
+        ("It is not C.", None),
+        ("It can't be C.", None),
+        ("I would not pick option C.", None),
+        ("It is not A, so C.", "C"),
+        ("C is correct.", "C"),
+        ("Option C is the right one", "C"),
+        ("C is incorrect.", None),
+        ("C is not correct.", None),
+        ("Neither A nor C is correct.", None),
+        ("I doubt that C is correct.", None),
+        ("(c)", None),
         ("A. one\nB. two", None),
         ("A is wrong", None),
         ("it's", None),
@@ -109,12 +122,82 @@ def test_long_runs_of_anything_are_read_in_a_moment(run: str) -> None:
         ("B", Judgement(1.0)),
         ("The answer is (A).", Judgement(0.0)),
         ("The answer is (D).", Judgement(0.0, is_parsed=False)),
-        ("2", Judgement(0.0, is_parsed=False)),
+        ("2", Judgement(1.0)),
+        ("4", Judgement(0.0, is_parsed=False)),
         ("", Judgement(0.0, is_parsed=False)),
     ],
 )
 def test_the_letter_decides_and_a_text_without_one_is_unparsed(text: str, judgement: Judgement) -> None:
     assert judge(text) == judgement
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        "`B`",
+        "[B]",
+        '"B"',
+        "'B'",
+        "{B}",
+        "<B>",
+        "__B__",
+        "（B）",
+        "<answer>B</answer>",
+        "answer: b",
+        "The answer is (b).",
+        "The answer is (b) because",
+        'The answer is "B".',
+        "The answer would be B.",
+        "(b)",
+        "b",
+        r"\boxed{b}",
+        "Option B is correct.",
+        "B is correct.",
+        "The answer is London.",
+        'The answer is "london".',
+        r"\boxed{London}",
+        r"\boxed{\text{London}}",
+        "London",
+        "**London**",
+    ],
+)
+def test_a_letter_in_any_dress_or_an_option_itself_is_an_answer(right: str) -> None:
+    problems = ChoiceProblems(train=[], held_out=[CAPITALS])
+    assert problems.judge(CAPITALS, right, is_truncated=False) == Judgement(1.0)
+    wrong = right.replace("(b)", "(c)").replace("B", "C").replace("London", "Paris").replace("london", "paris")
+    wrong = {"b": "c", "answer: b": "answer: c", r"\boxed{b}": r"\boxed{c}"}.get(wrong, wrong)
+    assert problems.judge(CAPITALS, wrong, is_truncated=False) == Judgement(0.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is not B",
+        "The answer is not (B).",
+        "The answer is B or C.",
+        "The answer is (B) or (C)",
+        "The answer is not option B.",
+        "The answer is not London.",
+        "The answer is a big city.",
+        "a city in England",
+        "b is a city",
+        "Londonderry",
+        "rich in vitamin B",
+        "(a)\nfirst\n(b)\nsecond",
+        "The answer is <b>big</b>",
+    ],
+)
+def test_a_word_or_a_denial_is_no_answer(text: str) -> None:
+    problems = ChoiceProblems(train=[], held_out=[CAPITALS])
+    assert problems.judge(CAPITALS, text, is_truncated=False) == Judgement(0.0, is_parsed=False)
+
+
+def test_small_letters_are_options_of_their_own_where_the_options_are_such() -> None:
+    task = ChoiceTask("Which is unknown?", ("b", "a"), "A")
+    problems = ChoiceProblems(train=[], held_out=[task])
+    assert problems.judge(task, "The answer is b.", is_truncated=False) == Judgement(1.0)
+    assert problems.judge(task, "The answer is a.", is_truncated=False) == Judgement(0.0)
+    assert problems.judge(task, "The answer is A.", is_truncated=False) == Judgement(1.0)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +232,8 @@ def test_the_prompt_lists_the_options_and_asks_for_a_letter() -> None:
         (["x", "y"], "y", "B"),
         (["b", "a"], "a", "B"),
         (["B", "A"], "A", "A"),
+        (["A", "B", "AB", "O"], "AB", "C"),
+        (["A", "B", "AB", "O"], "O", "D"),
         ([1, 2], "2", "B"),
         ([str(n) for n in range(26)], 25, "Z"),
     ],

@@ -1,24 +1,39 @@
-"""Final answers: where a text states one, and the cheap part of comparing two."""
+"""Final answers: where a text states one."""
 
 import re
-from fractions import Fraction
+
+from actors.environments.spelling import as_latex
 
 MAX_ANSWER_CHARS = 1000
 """A longer final answer is none."""
 _MAX_BOXES = 20
 """Boxes looked at, from the last one on."""
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_STATED = re.compile(r"(?:\banswer[\s*]{0,5}(?:is\b|:)|####)[\s:*]*([^\n]+)", re.IGNORECASE)
+_STATED = re.compile(
+    r"""(?: \banswer (?:\s+(?:to|of|for)(?:\s+[^\s.:=]{1,50}){1,4})? [\s*]{0,5}
+            (?:\b(?:is|would\ be|must\ be)\b|[:=]) [\s:*]*+
+        | (?: \#{4} | ^[ \t#*]{0,9}(?:the\ )?(?:final\ )?answer[ \t*]{0,9}$ ) [\s:*]*+
+          (?! \d+(?:[.):]|[ ]?[-–—]) [ \t]+ [^\W\d_]{2} )  # "2. Check" is a heading
+          (?= [^\w\s]{0,5}\d | [^\w\s]{0,5}[$\\√π] | [a-z][ ]?[=+*/^] )
+        ) (?= ( \\\[.{1,1000}?\\\] | \$\$.{1,1000}?\$\$ | [^\n]+ ) )""",
+    re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE,
+)
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-_DISCARDED = re.compile(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\[!,;:$]|\$|\\[()\[\]]")
-_SPACED_SIGN = re.compile(r"\s*([^\w\s])\s*")
-_THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_INTEGER = re.compile(r"[+-]?\d{1,50}")
-_DECIMAL = re.compile(r"[+-]?\d{0,50}\.\d{1,50}")
+# Not inside {…}, where it belongs to a command, nor glued to a number, where it is its unit or a product.
+_WORD = re.compile(
+    r"""(?<![\\\w]) (?! (?:or|and|to)\b \W*(?:[a-z]\s?=)?\W*\d )
+        ( [^\W\d_](?:[.'’]?[^\W\d_])++ | a(?=\s+\w) | (?<=\d\s)[A-Z](?!\w) )
+        (?! \s*[+^=] | [^{}]*\} )""",
+    re.VERBOSE,
+)
+_VALUE = re.compile(r"\d|\\[a-zA-Z]|\$\S")
+_DENIALS = ("not", "never", "neither")
+_MARK = re.compile(r"\\?\$|\\[()\[\]]|[€£¥]")
+_ASIDE = re.compile(r"[(\[{][^)\]}]*$")
+_CHAIN = re.compile(r"^(?:(?!,|\b(?:or|and)\b).)*(?<![<>!])=(?!.*=)", re.DOTALL)
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,50})(?:\.\d{1,50})?(?!\d|\.\d|st\b|nd\b|rd\b|th\b)"
 )
-_FRACTION = re.compile(r"([+-]?)(?:\\frac\{(\d{1,50})\}\{(\d{1,50})\}|(\d{1,50})/(\d{1,50}))")
 
 
 def boxed_answer(text: str) -> str | None:
@@ -31,12 +46,29 @@ def boxed_answer(text: str) -> str | None:
 
 
 def stated_answer(text: str) -> str | None:
-    """What follows the last "answer is", "answer:" or ####, up to the end of its sentence or line."""
+    """What follows the last "answer is", "answer:" or the like, up to the end of its sentence, line or display.
+
+    Mathematics alone may follow #### or a heading "Final Answer": other headings state nothing.
+    """
     for match in reversed(list(_STATED.finditer(text))):
-        phrase = _SENTENCE_END.split(match[1], maxsplit=1)[0].strip(" \t*`.,;:")
+        phrase = _SENTENCE_END.split(match[1], maxsplit=1)[0].lstrip(" \t*`,;:").rstrip(" \t*`.,;:")
         if any(character.isalnum() for character in phrase) and len(phrase) <= MAX_ANSWER_CHARS:
             return phrase
     return None
+
+
+def leading_expression(phrase: str) -> str | None:
+    """The first mathematics of a phrase, up to a word and after its equals signs; None where there is none, or a "not".
+
+    "12 because there are 3 rows" is 12, "3*4 = 12" too, and "5 or 6" is both.
+    """
+    parts = _WORD.split(as_latex(phrase))
+    runs, words = parts[::2], parts[1::2]
+    first = next((number for number, run in enumerate(runs) if _VALUE.search(run)), None)
+    if first is None or any(word.casefold() in _DENIALS for word in words[:first]):
+        return None
+    run = _CHAIN.sub("", _ASIDE.sub("", _MARK.sub(" ", runs[first])))
+    return run.lstrip(' \n*`",;:≈').rstrip(' \n*`".,;:–—-+=/') or None
 
 
 def last_number(text: str) -> str | None:
@@ -55,19 +87,6 @@ def gold_answer(text: str) -> str | None:
     return answer if answer and len(answer) <= MAX_ANSWER_CHARS else None
 
 
-def is_same(gold: str, answer: str) -> bool | None:
-    """Whether two answers are the same text or number; None where that takes more than a look."""
-    gold, answer = _plain(gold), _plain(answer)
-    if gold == answer:
-        return True
-    numbers = _number(gold), _number(answer)
-    if None in numbers:
-        return None
-    if numbers[0] == numbers[1]:
-        return True
-    return False if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer) else None
-
-
 def _up_to_closing_brace(text: str, start: int) -> str:
     """`text` from `start` to where its brace closes; empty where it never does."""
     depth = 1
@@ -78,21 +97,3 @@ def _up_to_closing_brace(text: str, start: int) -> str:
         if depth == 0:
             return text[start:position]
     return ""
-
-
-def _plain(answer: str) -> str:
-    """An answer without what changes its looks only."""
-    answer = answer.replace("−", "-").replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    answer = _SPACED_SIGN.sub(r"\1", _DISCARDED.sub("", answer).strip().rstrip(" ."))
-    return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
-
-
-def _number(plain: str) -> Fraction | None:
-    if _INTEGER.fullmatch(plain) or _DECIMAL.fullmatch(plain):
-        return Fraction(plain)
-    fraction = _FRACTION.fullmatch(plain)
-    if not fraction:
-        return None
-    sign, *parts = fraction.groups()
-    top, bottom = (int(part) for part in parts if part is not None)
-    return Fraction(-top if sign == "-" else top, bottom) if bottom else None

@@ -7,11 +7,12 @@ from functools import lru_cache
 from typing import Any
 
 from actors.environment import Judgement
-from actors.environments.answers import boxed_answer, gold_answer, is_same, last_number, stated_answer
+from actors.environments.answers import boxed_answer, gold_answer, last_number, leading_expression, stated_answer
 from actors.environments.comparer import COMPARER
 from actors.environments.comparison import Verdict
 from actors.environments.questions import Questions, columns_named, read_questions
 from actors.environments.rewards import Reward, reward_of
+from actors.environments.spelling import as_latex, is_same
 from common.errors import ConfigError, OperatorError
 from common.tables import TEXT, TEXT_OR_NUMBER, TableRow, clip, take
 
@@ -130,23 +131,18 @@ def read_task(row: TableRow, *, question: str = "", answer: str = "", category: 
 
 
 def _verdict(gold: str, boxed: str | None, stated: str | None) -> Verdict:
-    found = boxed if boxed is not None else stated
+    found = boxed
+    if boxed is None and stated is not None:
+        found = stated if is_same(gold, stated) else leading_expression(stated)
     if found is None:
         return Verdict.UNREADABLE
     is_right = is_same(gold, found)
     if is_right is not None:
         return Verdict.SAME if is_right else Verdict.DIFFERENT
-    return _compare(gold.strip("$"), _in_markup(found, is_boxed=boxed is not None))
+    latex = as_latex(found)
+    return _compare(as_latex(gold.strip("$")), f"${latex}$" if boxed is None else f"\\boxed{{{latex}}}")
 
 
 @lru_cache(maxsize=4096)  # the answers of a group are much alike, and so are those that take long
 def _compare(gold: str, answer: str) -> Verdict:
     return COMPARER.compare(gold, answer)
-
-
-def _in_markup(answer: str, *, is_boxed: bool) -> str:
-    """An answer as math-verify reads it: LaTeX between its marks, other text as it stands."""
-    if is_boxed:
-        return f"\\boxed{{{answer}}}"
-    is_marked = "\\" not in answer or any(mark in answer for mark in ("$", "\\(", "\\["))
-    return answer if is_marked else f"${answer}$"

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from actors.environment import SingleTurn
 from actors.environments.rewards import Reward, reward_named
 from common.chat import ChatMessage
 from common.errors import ConfigError
 from common.problems import Split, split_of
-from common.tables import TableRow, read_table
+from common.tables import TableRow, clip, read_table, refuse_split
 
 QUESTION = "{question}"
 
@@ -59,9 +59,10 @@ class Questions(SingleTurn[Task]):
     ) -> None:
         """Raises ConfigError where the template has no place for a question, or there is no such reward."""
         prompt_template = self.usual_template if prompt_template is None else prompt_template
-        if QUESTION not in prompt_template:
-            expected = f"text with {QUESTION} where the question goes"
-            raise ConfigError([f'environment.options.prompt_template: got "{prompt_template}", expected {expected}'])
+        if not isinstance(prompt_template, str) or QUESTION not in prompt_template:
+            got, expected = clip(prompt_template), f"text with {QUESTION} where the question goes"
+            raise ConfigError([f"environment.options.prompt_template: got {got}, expected {expected}"])
+        _require_texts(system_prompt=system_prompt)
         self._tasks = {"train": train, "held_out": held_out}
         self._template = prompt_template
         self._system = (ChatMessage(role="system", content=system_prompt),) if system_prompt else ()
@@ -96,9 +97,14 @@ def read_questions(
     Held out is the table `held_out_source`, or another split of `source`, or else one question of `source` in four.
     Raises OperatorError at the first row that `read` refuses, and where nothing is left to train on.
     """
+    _require_texts(source=source, split=split, held_out_source=held_out_source, held_out_split=held_out_split)
     if num_train_problems is not None and not (type(num_train_problems) is int and num_train_problems >= 1):
         got = f"environment.options.num_train_problems: got {num_train_problems!r}"
         raise ConfigError([f"{got}, expected a whole number of at least 1, or nothing for all"])
+    if split != "train":
+        refuse_split(source, split, name="environment.options.split")
+    if held_out_split:
+        refuse_split(held_out_source or source, held_out_split, name="environment.options.held_out_split")
     rows = [read(row) for row in read_table(source, split=split)]
     if held_out_source or held_out_split:
         table = read_table(held_out_source or source, split=held_out_split or "test")
@@ -115,7 +121,15 @@ def read_questions(
 
 def columns_named(column: str, usual: Sequence[str]) -> Sequence[str]:
     """The column that an option names, else the usual ones."""
+    if not isinstance(column, str):
+        raise ConfigError([f"environment.options: got {clip(column)} as a column, expected its name"])
     return (column,) if column else usual
+
+
+def _require_texts(**options: Any) -> None:
+    for name, value in options.items():
+        if not isinstance(value, str):
+            raise ConfigError([f"environment.options.{name}: got {clip(value)}, expected text"])
 
 
 def _distinct(tasks: Iterable[Task]) -> list[Task]:

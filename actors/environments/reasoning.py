@@ -6,16 +6,20 @@ from typing import Any
 
 from actors.environment import Judgement, SingleTurn
 from common.chat import ChatMessage
-from common.problems import Problem, ReasoningProblems, Split
+from common.problems import TAG, Problem, ReasoningProblems, Split, final_answer, first_item
 
 log = logging.getLogger(__name__)
 
 
 class ReasoningGym(SingleTurn[Problem]):
-    """Options: `family`, `system_prompt`, and the family's own parameters."""
+    """Options: `family`, `system_prompt`, and the family's own parameters.
+
+    Where the system prompt asks for <answer>…</answer>, a wrong answer without it counts as one that cannot be read.
+    """
 
     def __init__(self, *, seed: int, **options: Any) -> None:
-        self._problems = ReasoningProblems(seed=seed, **options)
+        self._asks_for_tag = TAG in str(options.get("system_prompt", ""))
+        self._problems = ReasoningProblems(seed=first_item(seed), **options)
         self._held_out = self._problems.distinct("held_out")
         self._seen: list[Problem] = []
 
@@ -28,10 +32,12 @@ class ReasoningGym(SingleTurn[Problem]):
 
     def judge(self, task: Problem, text: str, *, is_truncated: bool) -> Judgement:
         try:
-            return Judgement(self._problems.score(task, text))
+            reward = self._problems.score(task, text)
         except Exception as error:  # some families' scorers fall over what is not in the form of an answer
             log.debug("%s: an answer that its scorer cannot read: %s", self._problems.family, error)
             return Judgement(0.0, is_parsed=False)
+        has_form = TAG in text or not self._asks_for_tag or reward == self.full_reward
+        return Judgement(reward) if has_form and final_answer(text) else Judgement(0.0, is_parsed=False)
 
     def _held_out_problem(self, index: int) -> Problem:
         while len(self._seen) <= index:

@@ -15,15 +15,28 @@ CHORD's own: avg@32 on AIME, avg@8 on AMC, MMLU-Pro; temperature 1.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actors.environment import Environment
 from common.config.evaluation import BenchmarkName
 from common.errors import OperatorError
-from common.tables import INTEGER, TEXT, TEXT_OR_NUMBER, TEXTS, TableRow, clip, read_table, take, take_if_any
+from common.tables import (
+    INTEGER,
+    TEXT,
+    TEXT_OR_NUMBER,
+    TEXTS,
+    TableRow,
+    clip,
+    read_table,
+    refuse_split,
+    take,
+    take_if_any,
+)
 
 _SPLIT = re.compile(r"(.+)\[([\w.-]+)\]")
 """A dataset id with a split."""
+_PARTS = {"question": "questions", "answer": "answers", "category": "categories", "options": "options"}
+"""What an operator can name a column for, and the field of a layout."""
 PADDING = "N/A"
 """What MMLU-Pro fills up missing options with."""
 
@@ -38,6 +51,7 @@ class Layout:
     """Names that the column has in one or the other of them; so below."""
     answers: tuple[str, ...]
     categories: tuple[str, ...] = ()
+    options: tuple[str, ...] = ("options",)
     is_multiple_choice: bool = False
     accepts: Callable[[str], bool] = lambda _: True
     """Whether an answer is one that the benchmark can have."""
@@ -110,9 +124,13 @@ LAYOUTS: dict[BenchmarkName, Layout] = {
 def load_benchmark(name: str, source: str = "") -> Benchmark:
     """Read `source` (a file, or a dataset id, `owner/name[split]` where the split is not the usual one).
 
-    Raises OperatorError, in one line, where it cannot be had or a row is not in the layout.
+    After a question mark it may name columns: `?question=prompt&answer=reward_model.ground_truth`. Raises
+    OperatorError, in one line, where it cannot be had or a row is not in the layout.
     """
-    layout = LAYOUTS[BenchmarkName(name)]
+    source, _, columns = source.partition("?")
+    layout = _with_columns(LAYOUTS[BenchmarkName(name)], columns, name)
+    if match := _SPLIT.fullmatch(source):
+        refuse_split(match[1], match[2], name=f"eval.benchmarks: {name}")
     table, split = split_of_source(layout, source or next(iter(layout.sources)))
     rows = list(_read_rows(layout, table, split))
     if not rows:
@@ -126,6 +144,18 @@ def split_of_source(layout: Layout, source: str) -> tuple[str, str]:
         return match[1], match[2]
     published = {key.partition(":")[0]: split for key, split in layout.sources.items()}
     return source, published.get(source.partition(":")[0], "test")
+
+
+def _with_columns(layout: Layout, columns: str, name: str) -> Layout:
+    """The layout with the columns that an operator names instead of the published ones."""
+    named: dict[str, tuple[str, ...]] = {}
+    for pair in columns.split("&") if columns else ():
+        part, _, column = pair.partition("=")
+        if part not in _PARTS or not column:
+            expected = f"PART=COLUMN&… of {', '.join(_PARTS)}"
+            raise OperatorError(f"eval.benchmarks: {name}: got {clip(pair)} after the ?, expected {expected}")
+        named[_PARTS[part]] = (column,)
+    return replace(layout, **named)
 
 
 def _read_rows(layout: Layout, source: str, split: str) -> Iterator[Row]:
@@ -149,7 +179,7 @@ def _read_mathematics(layout: Layout, row: TableRow) -> Row:
 
 def _read_choice(layout: Layout, row: TableRow) -> Row:
     """The letter and, where there is one, the index must name the same option; padding is left out after that."""
-    question, options = take(row, layout.questions, TEXT), take(row, ("options",), TEXTS)
+    question, options = take(row, layout.questions, TEXT), take(row, layout.options, TEXTS)
     given = take(row, layout.answers, TEXT)
     index = ord(given) - ord("A") if len(given) == 1 else -1
     if not 0 <= index < len(options) or options[index] == PADDING:

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +24,7 @@ REPORT_S = 5.0
 """Where there is no terminal, a line this often."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outputs:
     """What is written beside the table."""
 
@@ -32,17 +32,21 @@ class Outputs:
     """The document for machines; "-" is standard output, which then has no table."""
     samples: Path | None = None
 
-    def prepare(self) -> None:
+    is_begun: bool = field(default=False, init=False)
+    """Whether `samples` holds answers of this evaluation; until it does, what it held stays."""
+
+    def check(self) -> None:
         """Raises OperatorError where a file cannot be written, before the work is done."""
         for path in (self.json, self.samples):
             if path:
                 check_writable(path)
         if self.samples:
-            write_samples(self.samples, [], is_begin=True)
+            write_samples(self.samples, [], is_begin=False)
 
     def keep(self, samples: Sequence[Sample]) -> None:
         if self.samples:
-            write_samples(self.samples, samples, is_begin=False)
+            write_samples(self.samples, samples, is_begin=not self.is_begun)
+            self.is_begun = True
 
     def tell(self, scores: Sequence[TaskScore], *, subject: str, config: Config, is_sampled: bool) -> None:
         if self.json != STANDARD_OUTPUT:
@@ -54,15 +58,15 @@ class Outputs:
 
 async def score_answers(config: Config, path: Path, outputs: Outputs) -> None:
     """Score the answers in `path`."""
+    outputs.check()
     answers = SavedAnswers(path, make_tasks(config))
-    outputs.prepare()
     scores = await answers.score(seed=config.run.seed, limit_s=config.actor.score_timeout_s, keep=outputs.keep)
     outputs.tell(scores, subject=str(path), config=config, is_sampled=False)
 
 
 async def score_folder(config: Config, outputs: Outputs) -> None:
     """Sample answers of the model in config.model.path, and score them."""
-    outputs.prepare()
+    outputs.check()
     tasks = make_tasks(config)
     parts = make_parts(
         config, config.eval.engine or config.actor.engine, EvaluatorMetrics().registry, tasks[0].environment

@@ -12,6 +12,9 @@ from common.config.schema import Config
 from common.config.schema import Environment as EnvironmentConfig
 from common.errors import ConfigError, OperatorError
 
+FORM = "Think as much as you need, then give the final answer alone between <answer> and </answer>."
+"""Asked of a family that is a benchmark: without a word about a form, a score would be one of form."""
+
 
 @dataclass(frozen=True)
 class EvaluationTask:
@@ -75,7 +78,9 @@ def _procedural(request: str, config: Config) -> EvaluationTask:
         raise ConfigError([f'eval.benchmarks: got "{request}", expected no source ("{source}") for a family'])
     family = name.removeprefix(PROCEDURAL)
     try:
-        environment = make_environment("reasoning_gym", seed=config.run.seed, options={"family": family})
+        environment = make_environment(
+            "reasoning_gym", seed=config.run.seed, options={"family": family, "system_prompt": FORM}
+        )
     except ConfigError as error:
         reason = str(error).removeprefix(f"environment.options: {family}: ")
         raise ConfigError([f"eval.benchmarks: {name}: {reason}"]) from error
