@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from common.problems import Problem, ReasoningProblems, Split
+from common.problems import Problem, ReasoningProblems, Split, first_item
 from tests.compare.task import TRAINED, Family
 
 EXPERT_SEED = 7_000_003
@@ -32,7 +32,7 @@ def write_tables(folder: Path, seed: int, *, num_expert_rows: int, num_validatio
     """demonstrations.jsonl, and of this seed the tables of prompts, validation and test."""
     experts = list(islice(stream(TRAINED, "train", EXPERT_SEED), num_expert_rows))
     taken = {problem.question for problem in experts}
-    prompts = (problem for problem in stream(TRAINED, "train", seed) if problem.question not in taken)
+    prompts = (problem for problem in stream(TRAINED, "train", first_item(seed)) if problem.question not in taken)
     num = num_validation + num_test
     held_out = list(islice(stream(TRAINED, "held_out", HELD_OUT_SEED), seed * num, (seed + 1) * num))
     if len(held_out) < num:
@@ -48,7 +48,7 @@ def write_family(folder: Path, family: Family, seed: int, *, num: int) -> Path:
     """The problems by which retention is measured, of both splits as nobody trains on either; as many as there are
     where these are fewer."""
     path = table(folder, family.name, seed)
-    problems = chain(stream(family, "train", seed), stream(family, "held_out", seed))
+    problems = chain(*(stream(family, split, first_item(seed)) for split in ("train", "held_out")))
     _write(path, map(question, islice(problems, num)))
     return path
 
