@@ -206,8 +206,6 @@ class Conductor:
         host = self._host
         assert host
         step, report, train_s, waited_s = rows.composition.step, taken.report, taken.train_s, host.source.waited_s
-        metrics = report.metrics
-        square = metrics["policy_ratio_sq_mean"]
         meter = Meter(time.monotonic(), host.inbox.peers.labour)
         step_s, labour = max(meter.time - self._meter.time, 1e-9), meter.labour.since(self._meter.labour)
         actor_ids = host.ledger.history.actor_ids(rows.composition.group_ids)
@@ -217,10 +215,7 @@ class Conductor:
                 "step": step + 1,
                 "mu": rows.mu,
                 "lr": taken.lr,
-                **metrics,
-                "policy_ess_frac": metrics["policy_ratio_mean"] ** 2 / square if square else None,
-                "num_policy_tokens": report.num_policy_tokens,
-                "num_expert_tokens": report.num_expert_tokens,
+                **report.fields,
                 "num_expert_rows": len(rows.composition.expert_row_ids),
                 **describe_groups(rows.groups, step=step, actor_ids=actor_ids, with_signal=rows.num_groups_with_signal),
                 **describe_bias(host.ledger.account, last=BIAS_STEPS * self._config.learner.groups_per_step),

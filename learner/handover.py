@@ -79,7 +79,9 @@ class Handover:
         self._forget_all_but(self._may_win())
 
     def _is_candidate(self, step: int) -> bool:
-        return self._config.algorithm.sft_ends_with == "best" and step % self._config.eval.every_steps == 0
+        is_best_wanted = self._config.algorithm.sft_ends_with == "best"
+        # Not version 0: a run that goes on from there would have had no supervised phase.
+        return is_best_wanted and step > 0 and step % self._config.eval.every_steps == 0
 
     @property
     def choice(self) -> Choice | None:

@@ -102,7 +102,11 @@ class LearnerMetrics:
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Where the run stands: the record of its last step, which an earlier learner took."""
-        self._last |= {field: record[field] for field in GAUGES if record.get(field) is not None}
+        for field in GAUGES.keys() & record.keys():
+            if record[field] is None:
+                self._last.pop(field, None)  # of the other half of the loss, say, when a phase has ended
+            else:
+                self._last[field] = record[field]
 
     def observe(self, record: Mapping[str, Any]) -> None:
         """Take over one step record (a line of metrics.jsonl)."""

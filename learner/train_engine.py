@@ -20,7 +20,7 @@ from common.errors import OperatorError
 from learner.adapters import trained_parameters
 from learner.batch import TrainBatch, build_batch
 from learner.objective.chord import chord_loss, effective_mu, expert_loss
-from learner.objective.importance import Correction
+from learner.objective.importance import Correction, effective_sample_frac
 from learner.objective.policy import policy_loss
 from learner.policy_model import PolicyModel
 from learner.ranks import Ranks
@@ -62,6 +62,16 @@ class StepReport:
     losses, the gradient norm, and what was measured at an interval."""
     logprobs: Tensor
     """float32 on the CPU; of this rank alone, as its forward found them: [B, T] of each batch, flat, in their order."""
+
+    @property
+    def fields(self) -> dict[str, float | None]:
+        """The part of a step record that tells of the loss: of a half without a token nothing is known."""
+        ratio_mean, ratio_sq_mean = self.metrics["policy_ratio_mean"], self.metrics["policy_ratio_sq_mean"]
+        known = {**self.metrics, "policy_ess_frac": effective_sample_frac(ratio_mean, ratio_sq_mean)}
+        counts = {"policy": self.num_policy_tokens, "expert": self.num_expert_tokens}
+        is_empty = tuple(f"{half}_" for half, count in counts.items() if not count)
+        fields = {name: None if name.startswith(is_empty) else value for name, value in known.items()}
+        return fields | {f"num_{half}_tokens": count for half, count in counts.items()}
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,19 @@ import sys
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
 from learner.adapters import Lora
-from learner.objective.importance import Correction
+from learner.objective import importance
 from learner.ranks import Ranks
 from learner.rows import Row, deal
 from learner.train_engine import Objective, TrainEngine
 from tests.judge import Judge
-from tests.steps import CPU, LORA, Cut, make_gauge, measure, random_rows, sharding_of
+from tests.steps import CPU, LORA, Cut, Weights, make_gauge, measure, random_rows, sharding_of
 
 MU = 0.3
 CUT = Cut(budget=64)
@@ -57,32 +57,43 @@ class Case:
 
     name: str
     shares: tuple[str, str]
+    kind: importance.Kind = "tis"
+    weighting: Literal["phi", "is", "none"] = "phi"
+    weights: Weights = "ones"
+    cut: Cut = CUT
 
-    @property
-    def has_experts(self) -> bool:
-        return any("e" in share or "x" in share for share in self.shares)
+    def has(self, half: Literal["p", "e"]) -> bool:
+        return any(half in share or "x" in share for share in self.shares)
 
     @property
     def mu(self) -> float:
-        return MU if self.has_experts else 0.0
+        return MU if self.has("p") and self.has("e") else float(self.has("e"))
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(importance.Correction(kind=self.kind), self.weighting)
 
 
 CASES = (
     Case("both ranks have both", ("x", "x")),
-    Case("rank 1 has no policy row", ("p", "e")),
-    Case("rank 0 has no policy row", ("e", "p")),
-    Case("rank 1 has no row at all", ("pe", "")),
-    Case("rank 0 has no row at all", ("", "pe")),
-    Case("nobody has an expert row", ("p", "")),
+    Case("both, unshared", ("x", "x"), "icepop", "none", "sequence_mean", Cut(20, shares_prompts=False)),
+    Case("both, shuffled", ("x", "x"), "gspo", "is", "fractions", Cut(30, order_seed=1, padding_seed=2, num_empty=2)),
+    Case("rank 1 has no policy row", ("p", "e"), "ppo", cut=Cut(25, order_seed=3)),
+    Case("rank 0 has no policy row", ("e", "p"), "decoupled", "is", "sequence_mean"),
+    Case("rank 1 has no row at all", ("pe", ""), "cispo", "none", "fractions"),
+    Case("rank 0 has no row at all", ("", "pe"), "none"),
+    Case("nobody has an expert row", ("p", ""), weights="fractions"),
+    Case("nobody has a policy row", ("e", ""), weights="sequence_mean"),
 )
 
 
 def rows_of_case(judge: Judge, case: Case) -> list[Row]:
     """The same ones in every process."""
     rows = random_rows(
-        judge, seed=11, num_groups=3, num_experts=4, spread=0.3, temperature=0.7
+        judge, seed=11 + CASES.index(case), num_groups=3, num_experts=4, spread=0.3, temperature=0.7,
+        weights=case.weights,
     )  # fmt: skip
-    return [row for row in rows if case.has_experts or not row.branches[0].is_expert]
+    return [row for row in rows if case.has("e" if row.branches[0].is_expert else "p")]
 
 
 def share_of(rows: list[Row], case: Case, rank: int) -> list[Row]:
@@ -104,10 +115,8 @@ def main(model: Path, output: Path, rank: int) -> None:
     for kind in KINDS:
         gauge = make_gauge(model, ranks, **kind.options)
         for case in CASES:
-            batches = CUT.batches(share_of(rows_of_case(judge, case), case, rank))
-            gradient, report = measure(
-                gauge, batches, objective=Objective(Correction(), "phi"), mu=case.mu, measures_halves=True
-            )
+            batches = case.cut.batches(share_of(rows_of_case(judge, case), case, rank))
+            gradient, report = measure(gauge, batches, objective=case.objective, mu=case.mu, measures_halves=True)
             if ranks.is_first:
                 save_file(gradient, output / f"{report_name(kind, case)}.safetensors")
                 (output / f"{report_name(kind, case)}.json").write_text(json.dumps(report.metrics))

@@ -13,7 +13,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +123,11 @@ class LocalRun:
         """Running processes by component name."""
         found: dict[str, psutil.Process] = {}
         for child in psutil.Process(self.process.pid).children():
-            words = child.cmdline()
-            if "-m" in words:
-                name = words[words.index("--name") + 1] if "--name" in words else words[words.index("-m") + 1]
-                found[name] = child
+            with suppress(psutil.NoSuchProcess):  # one that just ended
+                words = child.cmdline()
+                if "-m" in words:
+                    name = words[words.index("--name") + 1] if "--name" in words else words[words.index("-m") + 1]
+                    found[name] = child
         return found
 
     def wait_until(self, is_reached: Callable[[], bool], timeout_s: float = 120) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -42,6 +42,7 @@ from tests.steps import CPU
 
 TEMPERATURE = 0.7
 NUM_EXPERTS = 3
+SAMPLE = Sample(0, 3, 30, 1.5, 0.25)
 
 
 class Talk:
@@ -133,20 +134,17 @@ class Bench:
         """What a new process would make of the same ledger and store."""
         return bench_of(self.config, self.ledger, self.experts, self.chat)
 
-    def deliver(self, group: TrajectoryGroup, count: int) -> None:
-        """`count` copies of `group`, as many actors would send them."""
+    def deliver(self, group: TrajectoryGroup, count: int, sample: Sample = SAMPLE) -> None:
+        """`count` copies of `group`, as many actors would send them; the ledger notes `sample` of each."""
         for number in range(count):
             (granted,) = self.ledger.lease(f"a{number}", f"s{number}", capacity=1, serving_step=0, held=())
-            self.ledger.commit(granted.lease_id, blob_of(group), SAMPLE)
+            self.ledger.commit(granted.lease_id, blob_of(group), sample)
 
 
 def bench_of(config: Config, ledger: Ledger, experts: ExpertStore | None, chat: Chat) -> Bench:
     reader = StepReader(config, ledger.history, experts, chat)
     source = Source(config, ledger, experts, reader, describe_peers=lambda: "nobody", check=lambda: None)
     return Bench(config, ledger, experts, source, chat)
-
-
-SAMPLE = Sample(0, 3, 30, 1.5, 0.25)
 
 
 @pytest.fixture
@@ -242,6 +240,48 @@ def test_a_store_smaller_than_a_step_is_gone_through_again_and_again(
     assert sorted(uses) == [2, 3, 3]
 
 
+@pytest.mark.parametrize("reward", [0.15, 0.75])
+def test_mu_follows_the_mean_reward_of_the_steps_own_groups_where_a_target_is_given(
+    bench: Callable[..., Bench], group: TrajectoryGroup, reward: float
+) -> None:
+    made = bench("algorithm.mu_target=0.4")
+    made.deliver(group, 1, Sample(0, 4, 30, reward_sum=4 * (reward - 0.1), sampling_s=0.25))
+    made.deliver(group, 1, Sample(0, 4, 30, reward_sum=4 * (reward + 0.1), sampling_s=0.25))
+    drawn = made.source.next_rows(0)
+    assert drawn.mu == pytest.approx({0.15: 0.25, 0.75: 0.0}[reward])
+    assert len(expert_rows(drawn)) == (2 if drawn.mu else 0)
+
+
+def test_answers_cut_off_stay_in_the_denominator_when_they_are_masked(
+    bench: Callable[..., Bench], group: TrajectoryGroup
+) -> None:
+    first, *others = group.trajectories
+    cut_off = replace(group, trajectories=(replace(first, is_truncated=True), *others))
+    made = bench("algorithm.overlong=mask")
+    made.deliver(cut_off, 2)
+    drawn = made.source.next_rows(0)
+    report = Trainer(made.config, Ranks(CPU), CPU).take(0, drawn.rows, mu=drawn.mu).report
+    assert report.num_policy_tokens == 2 * sum(t.num_answer_tokens for t in group.trajectories)
+    expected = reference.advantages(np.array([t.reward for t in group.trajectories]), "std", 1e-6)
+    for row in drawn.rows[:2]:
+        np.testing.assert_allclose([branch.advantage for branch in row.branches], [0.0, *expected[1:]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("half", ["policy", "expert"])
+def test_a_half_that_has_weight_and_nothing_to_learn_from_ends_the_run(
+    bench: Callable[..., Bench], group: TrajectoryGroup, half: str
+) -> None:
+    """The last guard: whatever made such a composition, no step is silently another method's."""
+    made = bench()
+    made.deliver(group, 2)
+    whole = made.source.next_rows(0).composition
+    wrong = replace(whole, **{"policy": {"group_ids": ()}, "expert": {"expert_row_ids": ()}}[half])
+    reader = StepReader(made.config, made.ledger.history, made.experts, made.chat)
+    assert reader.read(whole).mu == pytest.approx(0.1)
+    with pytest.raises(OperatorError, match=f"step 0: got μ 0.1 and nothing for the {half} half, expected rows"):
+        reader.read(wrong)
+
+
 def expert_rows(drawn: StepRows) -> list[Row]:
     return [row for row in drawn.rows if row.branches[0].is_expert]
 
@@ -250,11 +290,14 @@ def test_every_step_of_an_exhausted_store_has_its_expert_rows(
     bench: Callable[..., Bench], group: TrajectoryGroup
 ) -> None:
     made = bench("algorithm.max_staleness=4")
-    for step in range(4):
+    used: list[int] = []
+    for step in range(3):
         made.deliver(group, 2)
         drawn = made.source.next_rows(step)
         made.ledger.finish_batch(step, "{}")
         assert (len(expert_rows(drawn)), len(drawn.groups)) == (2, 2), step
+        used += drawn.composition.expert_row_ids
+    assert sorted(used) == [1, 1, 2, 2, 3, 3], "expected every row once before any comes again"
 
 
 def test_a_store_without_a_row_is_refused_before_anything_is_trained(tiny_model: Path, tmp_path: Path) -> None:

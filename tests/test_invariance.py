@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -155,9 +156,10 @@ def norm_of(verdict: Verdict) -> float:
     return math.sqrt(sum(float(entry.square().sum()) for entry in verdict.gradient.values()))
 
 
-def assert_halves(metrics: dict[str, float], judge: Judge, rows: list[Row], mu: float) -> None:
+def assert_halves(metrics: dict[str, float], judge: Judge, rows: list[Row], mu: float, objective: Objective) -> None:
+    correction, weighting = objective.correction, objective.expert_weighting
     policy, expert = (
-        norm_of(judge.step(rows, correction=Correction(), weighting="phi", mu=alone)) for alone in (0.0, 1.0)
+        norm_of(judge.step(rows, correction=correction, weighting=weighting, mu=alone)) for alone in (0.0, 1.0)
     )
     assert metrics["policy_grad_norm"] == pytest.approx(policy, rel=1e-4, abs=1e-7)
     assert metrics["expert_grad_norm"] == pytest.approx(expert, rel=1e-4, abs=1e-7)
@@ -208,7 +210,7 @@ def test_measuring_the_halves_gives_the_judges_norms_and_leaves_the_gradient_alo
     mu = mu_within(rows, mu)
     gradient, report = measure(gauges[kind], cut.batches(rows), objective=objective, mu=mu, measures_halves=True)
     assert_judged(gradient, report.metrics, judge.step(rows, correction=Correction(), weighting="phi", mu=mu))
-    assert_halves(report.metrics, judge, rows, mu)
+    assert_halves(report.metrics, judge, rows, mu, Objective(Correction(), "phi"))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.zero_stage in (0, 3)], ids=str)
@@ -237,7 +239,7 @@ def test_an_offloaded_optimizer_gets_the_gradient_of_every_micro_batch(
             gauge, batches, objective=Objective(Correction(), "phi"), mu=0.3, measures_halves=True
         )
         assert_judged(gradient, report.metrics, judge.step(rows, correction=Correction(), weighting="phi", mu=0.3))
-        assert_halves(report.metrics, judge, rows, 0.3)
+        assert_halves(report.metrics, judge, rows, 0.3, Objective(Correction(), "phi"))
 
 
 @pytest.fixture(scope="module")
@@ -246,17 +248,22 @@ def two_ranks(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.rank_steps", str(model_path), str(folder)]
-    processes = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-        for rank in range(2)
-    ]
-    try:
+    said = [folder / f"rank-{rank}.log" for rank in range(2)]  # a pipe that nobody reads would stop one of them
+    with ExitStack() as stack:
+        processes = [
+            subprocess.Popen(
+                [*command, str(rank)],
+                stdout=stack.enter_context(log.open("wb")),
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+            for rank, log in enumerate(said)
+        ]
         for process in processes:
-            said, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, said.decode()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        for process, log in zip(processes, said, strict=True):
+            assert process.wait(timeout=240) == 0, log.read_text()[-3000:]
     return folder
 
 
@@ -270,8 +277,9 @@ def test_two_ranks_have_the_gradient_of_the_judge_whoever_holds_what(
         load_file(two_ranks / f"{name}.safetensors"),
         json.loads((two_ranks / f"{name}.json").read_text()),
     )
-    assert_judged(gradient, metrics, judge.step(rows, correction=Correction(), weighting="phi", mu=case.mu))
-    assert_halves(metrics, judge, rows, case.mu)
+    correction, weighting = case.objective.correction, case.objective.expert_weighting
+    assert_judged(gradient, metrics, judge.step(rows, correction=correction, weighting=weighting, mu=case.mu))
+    assert_halves(metrics, judge, rows, case.mu, case.objective)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.config.load import resolve_config
+from common.config.presets import PRESETS
 from common.errors import ConfigError
 from common.trajectory import NOT_SAMPLED, Trajectory, TrajectoryGroup
 from learner.ledger.ledger import DropReason, Ledger, Sample
@@ -16,6 +17,7 @@ from learner.metrics import GAUGES
 from learner.objective.advantages import group_advantages
 from learner.schedule import lr_of, mu_of
 from learner.shaping import Shaping
+from tests import reference
 from tests.runs import LocalRun, audit, import_experts, read_lines, read_summary, run_module, write_config
 
 MAX_TOKENS = 10
@@ -52,11 +54,27 @@ def test_every_preset_runs_to_its_end_from_one_word(preset: str, tiny_model: Pat
     assert [line["mu"] for line in lines] == pytest.approx(MU[preset])
     assert [line["num_policy_tokens"] > 0 for line in lines] == [mu < 1 for mu in MU[preset]]
     assert [line["num_expert_tokens"] > 0 for line in lines] == [mu > 0 for mu in MU[preset]]
-    assert lines[0]["mu_effective"] == pytest.approx({"sft": 1, "dft": 1, "sft_then_rl": 1}.get(preset, 0.5), abs=0.5)
+    assert_effective_mu(lines[0])
+    assert_only_what_was_there_is_told(lines)
     assert [name for name in (*REPORTED, *GAUGES) if name not in lines[0]] == []
     report = audit(run.folder)
     assert (report["violations"], report["lost"], report["duplicates"]) == ([], 0, 0)
     assert (run.folder / "final" / "model.safetensors").exists()
+
+
+def assert_effective_mu(line: dict[str, Any]) -> None:
+    policy, expert = ((line[f"{half}_grad_norm"] or 0.0) for half in ("policy", "expert"))
+    assert line["mu_effective"] == pytest.approx(reference.effective_mu(line["mu"], policy, expert))
+    assert {0.0: 0.0, 1.0: 1.0}.get(line["mu"], line["mu_effective"]) == line["mu_effective"]
+    assert (expert > 0) == (line["mu"] > 0)
+
+
+def assert_only_what_was_there_is_told(lines: list[dict[str, Any]]) -> None:
+    """A half without a token has no entropy, no loss and no φ: not 0 of them."""
+    for line in lines:
+        for half in ("policy", "expert"):
+            told = [line[name] is not None for name in REPORTED if name.startswith(half)]
+            assert told == [line[f"num_{half}_tokens"] > 0] * len(told), line
 
 
 def test_dft_weighs_expert_tokens_by_their_probability_and_sft_does_not() -> None:
@@ -90,17 +108,6 @@ def test_groups_without_a_signal_are_dropped_and_replaced_exactly(tiny_model: Pa
     assert report["dropped"]["zero_variance"] > 0
     assert (report["violations"], report["lost"]) == ([], 0)
     assert read_summary(run.folder)["max_staleness_trained"] <= 2
-
-
-def test_mu_follows_the_reward_where_a_target_is_given(tiny_model: Path, tmp_path: Path) -> None:
-    config = write_config(
-        tmp_path, tiny_model, actor={"engine": "simulated"}, eval={"every_steps": 0}, algorithm={"mu_target": 0.4}
-    )
-    import_experts(config)
-    with LocalRun(config) as run:
-        run.finish()
-    lines = read_lines(run.folder / "metrics.jsonl")
-    assert [line["mu"] for line in lines] == pytest.approx([max(0.0, 0.4 - line["reward_mean"]) for line in lines])
 
 
 # Rewards
@@ -213,12 +220,23 @@ def test_nothing_is_leased_before_the_first_step_that_trains_on_groups(tmp_path:
         (["algorithm.preset=sft_then_rl", "learner.num_steps=1"], ["learner.num_steps", "got 1"]),
         (["algorithm.preset=sft_then_rl", "algorithm.sft_steps=0"], ["algorithm.sft_steps", "got 0"]),
         (["algorithm.sft_steps=100"], ["algorithm.sft_steps", "got 100", "learner.num_steps (100)"]),
-        (["algorithm.preset=grpo", "algorithm.mu_target=0.5"], ["algorithm.mu_target", "got 0.5"]),
-        (["algorithm.preset=dft", "algorithm.mu_peak=0.5"], ["algorithm.mu_peak", "got 0.5", "dft"]),
+        (["algorithm.preset=dft", "algorithm.mu_peak=0.5"], ["algorithm.mu_decay_steps", "got 0 with mu_peak 0.5"]),
+        (["algorithm.correction=icepop", "algorithm.band=[2, 5]"], ["algorithm.band", "got [2.0, 5.0]", "ratio is 1"]),
+        (["algorithm.band=[0.5, 1]"], ["algorithm.band", "got [0.5, 1.0]", "0 <= low < 1 < high"]),
+        (["algorithm.band=[-1, 5]"], ["algorithm.band", "got [-1.0, 5.0]"]),
+        (["algorithm.cap=0.5"], ["algorithm.cap", "got 0.5", "greater than or equal to 1"]),
+        (
+            ["algorithm.preset=grpo", "algorithm.sft_steps=5", "expert.rows_per_step=0"],
+            ["expert.rows_per_step", "got 0 with algorithm.sft_steps 5"],
+        ),
         (["algorithm.overlong=soft_penalty"], ["algorithm.overlong_buffer_tokens", "got 0"]),
         (
             ["algorithm.preset=sft_then_rl", "algorithm.sft_ends_with=best", "eval.every_steps=0"],
             ["eval.every_steps", "got 0"],
+        ),
+        (
+            ["algorithm.sft_steps=12", "algorithm.sft_ends_with=best", "eval.every_steps=12"],
+            ["eval.every_steps", "got 12", "expected 1 to 11"],
         ),
     ],
 )
@@ -227,6 +245,29 @@ def test_what_would_train_something_else_than_it_says_is_refused(overrides: list
         resolve_config(None, overrides)
     (line,) = refused.value.lines
     assert [word for word in words if word not in line] == [], line
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_any_value_of_a_preset_can_be_overridden(preset: str) -> None:
+    own: dict[str, Any] = {
+        "mu_peak": 0.4,
+        "mu_valley": 0.2,
+        "mu_warmup_steps": 3,
+        "mu_decay_steps": 5,
+        "mu_target": 0.9,
+    }
+    own |= {"expert_weighting": "phi", "sft_steps": 2}
+    assert set(own) == set(PRESETS[preset])
+    overrides = [f"algorithm.{key}={value}" for key, value in own.items()]
+    algorithm = resolve_config(None, [f"algorithm.preset={preset}", *overrides]).config.algorithm
+    assert algorithm.model_dump(include=set(own)) == own
+    assert algorithm.trains_on_groups
+    assert algorithm.trains_on_experts
+
+    # What a run needs follows from the values, not from the word.
+    mixed = [f"algorithm.preset={preset}", "algorithm.mu_peak=0.5", "algorithm.mu_valley=0.5", "expert.rows_per_step=0"]
+    with pytest.raises(ConfigError, match=r"expert.rows_per_step: got 0"):
+        resolve_config(None, mixed)
 
 
 def test_uncorrected_training_is_allowed_where_it_is_asked_for() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, tensor
 
 from learner.objective.advantages import group_advantages
 from learner.objective.chord import adaptive_mu, chord_loss, effective_mu, expert_loss, mu_at
-from learner.objective.importance import Correction, Kind
+from learner.objective.importance import Correction, Kind, effective_sample_frac
 from learner.objective.policy import policy_loss
 from learner.objective.rewards import soft_overlong_penalty
 from learner.rows import Aggregation, loss_weights
@@ -569,7 +569,8 @@ def test_group_advantages_give_the_numbers_computed_by_hand():
 @pytest.mark.parametrize("scale", ["std", "none"])
 @pytest.mark.parametrize("K", [2, 3, 7, 11])
 def test_equal_rewards_carry_no_signal_whatever_rounding_makes_of_their_mean(scale: Literal["std", "none"], K: int):
-    assert group_advantages(torch.full((K,), 0.1), scale=scale).tolist() == [0.0] * K
+    for dtype in (torch.float32, torch.float64):
+        assert group_advantages(torch.full((K,), 0.1, dtype=dtype), scale=scale).tolist() == [0.0] * K
 
 
 def test_a_difference_below_eps_is_still_a_signal():
@@ -580,6 +581,31 @@ def test_a_difference_below_eps_is_still_a_signal():
 def test_rewards_that_are_no_group_are_refused(rewards: Any):
     with pytest.raises(ValueError, match=r"^rewards: got .*, expected"):
         group_advantages(tensor(rewards))
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize(
+    "rewards", [[1.0, 1.0001], [0.5, 0.501], [1.0, 1.001, 1.002], [100.0, 100.0, 100.01], [-1e6, 1e6]]
+)
+def test_rewards_that_lie_close_together_lose_no_digits(rewards: list[float], scale: Literal["std", "none"]):
+    R = tensor(rewards)
+    assert R.dtype == torch.float32
+    expected = reference.advantages(R.double().numpy(), scale, 1e-6)
+    np.testing.assert_allclose(group_advantages(R, scale=scale).numpy(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rewards", [[1, 0, 0, 1], [True, False, False, True]])
+def test_whole_numbers_are_rewards_too(rewards: list[int]):
+    found = group_advantages(tensor(rewards))
+    assert torch.equal(found, group_advantages(tensor(rewards).float()))
+    assert group_advantages(tensor(rewards) * 0).tolist() == [0.0] * 4
+    assert found.dtype == group_advantages(tensor(rewards) * 0).dtype == torch.float32
+
+
+def test_the_effective_sample_size_gives_the_numbers_computed_by_hand():
+    assert effective_sample_frac(1.0, 1.0) == 1.0
+    assert effective_sample_frac(4 / 3, 6 / 3) == pytest.approx(8 / 9)  # ratios of 1, 1 and 2: 16/3 of 6
+    assert effective_sample_frac(0.0, 0.0) is None
 
 
 def test_an_unknown_scale_is_refused():

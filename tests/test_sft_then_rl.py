@@ -119,7 +119,8 @@ def test_the_best_policy_goes_on_where_that_is_wanted(tiny_model: Path, tmp_path
     (noted,) = ledger_rows(run.folder, "SELECT value FROM facts WHERE name = 'handover'")
     choice = json.loads(str(noted[0]))
     evaluated = {line["step"]: line["accuracy"] for line in read_lines(run.folder / "eval.jsonl")}
-    of_sft = {step: accuracy for step, accuracy in evaluated.items() if step <= SFT_STEPS}
+    of_sft = {step: accuracy for step, accuracy in evaluated.items() if 0 < step <= SFT_STEPS}
+    assert 0 in evaluated, "expected an untrained policy that was not chosen"
     assert choice["chosen"] == max(of_sft, key=lambda step: (of_sft[step], step))
     assert [path.stem for path in (run.folder / "sft").iterdir()] == [f"{choice['chosen']:08d}"]
     hashes = dict(ledger_rows(run.folder, "SELECT step, hash FROM versions"))

@@ -11,7 +11,10 @@ def group_advantages(rewards: Tensor, *, scale: Literal["std", "none"] = "std", 
     A_k = (R_k − mean R) / (std R + eps) with the unbiased std; `none` leaves out the division. [K] -> [K]
 
     GRPO (arXiv 2402.03300), as CHORD (arXiv 2508.11408) uses it.
-    A group whose rewards are all equal carries no signal: its advantages are exactly 0.
+    A group whose rewards are all equal carries no signal: its advantages are exactly 0. Computed in float64, as rewards
+    may lie close together and far from 0; returned in the rewards' dtype, or in float32 where they are whole numbers.
+
+    Raises ValueError for fewer than two rewards, and for one that is not finite.
     """
     if rewards.ndim != 1 or len(rewards) < 2:
         raise ValueError(f"rewards: got shape {list(rewards.shape)}, expected [K] with K >= 2")
@@ -21,8 +24,11 @@ def group_advantages(rewards: Tensor, *, scale: Literal["std", "none"] = "std", 
     if scale not in ("std", "none"):
         raise ValueError(f"scale: got {scale!r}, expected std or none")
 
-    # Not std < eps: the rounded mean of equal float32 rewards may differ from each of them.
-    if rewards.max() == rewards.min():
-        return torch.zeros_like(rewards)
-    centred = rewards - rewards.mean()
-    return centred if scale == "none" else centred / (rewards.std(correction=1) + eps)
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
+    exact = rewards.double()
+    # Not std < eps: the rounded mean of equal rewards may differ from each of them.
+    if exact.max() == exact.min():
+        return torch.zeros_like(exact, dtype=dtype)
+    centred = exact - exact.mean()
+    advantages = centred if scale == "none" else centred / (exact.std(correction=1) + eps)
+    return advantages.to(dtype)

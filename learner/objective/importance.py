@@ -58,6 +58,11 @@ def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p - log_q).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
+def effective_sample_frac(ratio_mean: float, ratio_sq_mean: float) -> float | None:
+    """(Σ r)² / (N · Σ r²) of N tokens, from the means of r and r²: 1 where all weigh alike; None without any token."""
+    return ratio_mean**2 / ratio_sq_mean if ratio_sq_mean > 0 else None
+
+
 def token_weights(correction: Correction, *, r: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """The factor of each token's surrogate, before and after the bound of its kind; r, k [B, T] -> [B, T] twice."""
     match correction.kind:

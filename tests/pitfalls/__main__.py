@@ -15,16 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.pitfalls.catalogue import BATCH, HEAD, PITFALLS, ROWS, SCHEMA, STEP, Pitfall
+from tests.pitfalls.catalogue import BATCH, HEAD, PITFALLS, ROWS, SCHEMA, STEP, VLLM, Pitfall
 
 HOUSE = Path(__file__).parents[2]
 COPIED = ("actors", "common", "learner", "tests", "pyproject.toml")
 OBJECTIVE = ("tests/test_objective_reference.py", "tests/test_objective_golden.py", "tests/test_invariance.py")
 STEPS = ("tests/test_invariance.py", "tests/test_composition.py", "tests/test_step.py")
 COMPOSITION = ("tests/test_composition.py",)
+ENGINE = ("tests/test_vllm.py::test_log_probs_are_those_of_the_loaded_weights_at_the_temperature",)
 CONFIG = (
     "tests/test_config.py::test_a_wrong_value_is_refused_in_one_line_with_path_got_and_expected",
     "tests/test_composition.py::test_filtered_sampling_is_refused_in_training",
+    "tests/test_methods.py::test_what_would_train_something_else_than_it_says_is_refused",
 )
 
 
@@ -34,6 +36,8 @@ def maths_tests(file: str) -> tuple[str, ...]:
         return OBJECTIVE
     if file in (STEP, HEAD, BATCH, ROWS):
         return STEPS
+    if file == VLLM:
+        return ENGINE
     return CONFIG if file == SCHEMA else COMPOSITION
 
 
@@ -103,7 +107,7 @@ def tests_command(pitfall: Pitfall | None) -> list[str]:
         "-p", "tests.pitfalls.first_failure",
     ]  # fmt: skip
     if pitfall is None:
-        return [*command, *dict.fromkeys((*OBJECTIVE, *STEPS, *CONFIG))]
+        return [*command, *dict.fromkeys((*OBJECTIVE, *STEPS, *CONFIG, *ENGINE))]
     ranks = [] if pitfall.needs_two_ranks else ["-k", "not two_ranks"]
     return [*command, *maths_tests(pitfall.file), *ranks]
 

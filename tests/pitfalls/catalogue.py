@@ -19,7 +19,7 @@ class Pitfall:
 STEP, CHORD, POLICY = "learner/train_engine.py", "learner/objective/chord.py", "learner/objective/policy.py"
 IMPORTANCE, ADVANTAGES = "learner/objective/importance.py", "learner/objective/advantages.py"
 HEAD, BATCH, ROWS, SOURCE = "learner/head.py", "learner/batch.py", "learner/rows.py", "learner/source.py"
-STEP_ROWS, SCHEMA = "learner/step_rows.py", "common/config/schema.py"
+STEP_ROWS, SCHEMA, VLLM = "learner/step_rows.py", "common/config/schema.py", "actors/engines/vllm.py"
 
 PITFALLS = (
     # Wrong denominators.
@@ -112,6 +112,11 @@ PITFALLS = (
         "loss = -(mask * w * surrogate).sum() / max(float((mask * (w > 0)).sum()), 1.0)",
     ),
     Pitfall(
+        "answers cut off leave the denominator", ROWS,
+        "loss_weights(t.mask[start:], aggregation)",
+        "loss_weights(t.mask[start:] * np.float32(advantage != 0), aggregation)",
+    ),
+    Pitfall(
         "clipped tokens leave the denominator", POLICY,
         "loss = -(mask * w * surrogate).sum() / N",
         "loss = -(mask * w * surrogate).sum() / max(N - float((mask * is_clipped).sum()), 1.0)",
@@ -160,6 +165,21 @@ PITFALLS = (
         "    while len(drawn) < count:",
         "    while len(drawn) < count and cursor + len(drawn) < num_rows:",
     ),
+    Pitfall(
+        "the expert cursor stays where it is", SOURCE,
+        "cursor += count",
+        "cursor += 0",
+    ),
+    Pitfall(
+        "a half that has weight and no rows is no matter", STEP_ROWS,
+        "if weight > 0 and not count:",
+        "if False:",
+    ),
+    Pitfall(
+        "a band that masks on-policy tokens is accepted: every step is SFT-only", SCHEMA,
+        "if not 0 <= low < 1 < high:",
+        "if low > high:",
+    ),
     # The schedule of μ.
     Pitfall(
         "μ counted from 1", "learner/schedule.py",
@@ -183,6 +203,16 @@ PITFALLS = (
         "if False:",
     ),
     Pitfall(
+        "an adaptive μ follows another number than the groups' reward", STEP_ROWS,
+        "mean_reward=self._history.mean_reward(composition.group_ids)",
+        "mean_reward=0.0",
+    ),
+    Pitfall(
+        "an adaptive μ rises with the reward", CHORD,
+        "return min(1.0, max(0.0, target - mean_reward))",
+        "return min(1.0, max(0.0, target + mean_reward))",
+    ),
+    Pitfall(
         "μ multiplies the wrong half", CHORD,
         "return (1 - mu) * policy + mu * expert",
         "return mu * policy + (1 - mu) * expert",
@@ -202,6 +232,16 @@ PITFALLS = (
         "top-p is accepted in training", SCHEMA,
         'for key, plain in (("top_p", 1.0), ("top_k", 0)):',
         'for key, plain in (("top_k", 0),):',
+    ),
+    Pitfall(
+        "top-k is accepted in training", SCHEMA,
+        'for key, plain in (("top_p", 1.0), ("top_k", 0)):',
+        'for key, plain in (("top_p", 1.0),):',
+    ),
+    Pitfall(
+        "vLLM's log-probs are raw, not processed", VLLM,
+        'logprobs_mode="processed_logprobs"',
+        'logprobs_mode="raw_logprobs"',
     ),
     Pitfall(
         "policy log-probs at temperature 1", ROWS,
@@ -244,23 +284,28 @@ PITFALLS = (
     ),
     Pitfall(
         "zero variance by std < eps", ADVANTAGES,
-        "if rewards.max() == rewards.min():",
-        "if rewards.std() < eps:",
+        "if exact.max() == exact.min():",
+        "if exact.std() < eps:",
     ),
     Pitfall(
         "no guard for zero variance", ADVANTAGES,
-        "if rewards.max() == rewards.min():",
+        "if exact.max() == exact.min():",
         "if False:",
     ),
     Pitfall(
+        "advantages of close rewards in low precision", ADVANTAGES,
+        "exact = rewards.double()",
+        "exact = rewards.float() if dtype == torch.float32 else rewards.double()",
+    ),
+    Pitfall(
         "the biased std", ADVANTAGES,
-        "rewards.std(correction=1)",
-        "rewards.std(correction=0)",
+        "exact.std(correction=1)",
+        "exact.std(correction=0)",
     ),
     Pitfall(
         "advantages have the wrong sign", ADVANTAGES,
-        "centred = rewards - rewards.mean()",
-        "centred = rewards.mean() - rewards",
+        "centred = exact - exact.mean()",
+        "centred = exact.mean() - exact",
     ),
     # Empty components and leaks.
     Pitfall(
@@ -278,6 +323,16 @@ PITFALLS = (
         "self._engine.backward((loss + 0.0 * losses.logprobs.sum()) * self._ranks.count)",
         "batch.mask.any() and self._engine.backward(loss * self._ranks.count)",
         needs_two_ranks=True,
+    ),
+    Pitfall(
+        "the mask comes after exp, policy log-probs", POLICY,
+        "log_pi = torch.where(live, logprobs, 0.0)",
+        "log_pi = logprobs",
+    ),
+    Pitfall(
+        "the mask comes after exp, proximal log-probs", POLICY,
+        "log_pi_prox = torch.where(live, proximal_logprobs, 0.0).detach()",
+        "log_pi_prox = proximal_logprobs.detach()",
     ),
     Pitfall(
         "the mask comes after exp, behaviour log-probs", POLICY,
@@ -310,6 +365,11 @@ PITFALLS = (
         "no stop-gradient on the weight of cispo", POLICY,
         "token_weights(correction, r=r.detach(), k=k)",
         "token_weights(correction, r=r, k=k)",
+    ),
+    Pitfall(
+        "an effective sample size without the square", IMPORTANCE,
+        "return ratio_mean**2 / ratio_sq_mean if",
+        "return ratio_mean / ratio_sq_mean if",
     ),
     Pitfall("the loss has the wrong sign", POLICY, "loss = -(mask * w * surrogate)", "loss = (mask * w * surrogate)"),
     Pitfall(
