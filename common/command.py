@@ -62,5 +62,7 @@ def start_logging(name: str) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     if log_format() is LogFormat.JSON:
         log_what_python_says()
+    for package in ("httpx", "httpx2", "huggingface_hub", "datasets"):  # they tell of every request
+        logging.getLogger(package).setLevel(logging.WARNING)
     for package in ("actors", "common", "learner"):  # other people's debug lines are theirs
         logging.getLogger(package).setLevel(level)

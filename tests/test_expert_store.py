@@ -31,6 +31,7 @@ from learner.expert.importing import (
 )
 from learner.expert.sampler import draw, permutation
 from learner.expert.store import ExpertStore, NewRow, store_path
+from tests.runs import run_module, write_config
 
 CHAIN_SUM = ["environment.options.family=chain_sum"]
 FEW_QUESTIONS = [f"environment.options.{key}" for key in ("family=chain_sum", "max_terms=2", "max_digits=1")]
@@ -343,6 +344,13 @@ def test_tables_are_read_by_their_usual_columns(tmp_path: Path, values: dict[str
     assert [r.source for r in lines + parquet if isinstance(r, NewRow)] == ["a.jsonl", "a.parquet"]
 
 
+def test_a_dot_goes_into_the_object_of_a_column(tmp_path: Path) -> None:
+    values = {"input": {"text": "1+1?", "rank": 1}, "output.text": "2"}
+    columns = DemonstrationColumns(("input.text",), ("output.text",), (), ())
+    for source in (write_lines(tmp_path / "a.jsonl", [values]), write_parquet(tmp_path / "a.parquet", [values])):
+        assert turns_of(*read_tables([str(source)], columns=columns)) == [[("user", "1+1?"), ("assistant", "2")]]
+
+
 def test_every_role_of_sharegpt_has_its_own_name_here(tmp_path: Path) -> None:
     roles = {"system": "system", "human": "user", "gpt": "assistant", "observation": "tool", "tool": "tool"}
     turns = [{"from": role, "value": "x"} for role in (*roles, "gpt")]
@@ -406,11 +414,34 @@ def test_questions_that_environments_hold_out_can_be_left_out(tmp_path: Path) ->
     talks = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": "x"}]} for q in questions]
     kept = [question for question in questions if split_of(question) == "train"]
     assert 0 < len(kept) < 80
-    for rows in (pairs, talks):
+    asked = [{"conversations": [{"from": "human", "value": f"Answer: {q}"}, *talk["conversations"][1:]]}
+             for q, talk in zip(questions, talks, strict=True)]  # fmt: skip
+    for rows, template in (
+        (pairs, "Answer: {question}"),
+        (pairs, None),
+        (talks, "{question}"),
+        (asked, "Answer: {question}"),
+    ):
         source = str(write_lines(tmp_path / "a.jsonl", rows))
-        form = PromptForm(template="Answer: {question}") if rows is pairs else PromptForm()
-        read = turns_of(*read_tables([source], form=form, leave_out_held_out=True))
+        read = turns_of(*read_tables([source], form=PromptForm(template=template), leave_out_held_out=True))
         assert [turns[0][1].removeprefix("Answer: ") for turns in read] == kept
+
+
+def test_held_out_questions_that_cannot_be_told_are_not_taken_for_others(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Answer: 1+1?"}, {"role": "assistant", "content": "2"}]
+    source = write_lines(tmp_path / "a.jsonl", [{"messages": turns}])
+    leave_out = ["import", "table", source, f"run.dir={tmp_path}", "--leave-out-held-out"]
+    for more, words in {
+        (): f'{source}:1: --leave-out-held-out: got "Answer: 1+1?", expected --prompt-template to be its form',
+        ("--prompt-template", "Now: {question}"): 'got "Answer: 1+1?", expected --prompt-template to be its form',
+        (
+            "environment.options.held_out_source=b.jsonl",
+        ): '--leave-out-held-out: got environment.options.held_out_source "b',
+    }.items():
+        failed = run(*leave_out, *more)
+        assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+        assert words in failed.stderr
+    assert not (tmp_path / "expert.sqlite").exists()
 
 
 def test_tables_are_imported_by_the_command(tmp_path: Path) -> None:
@@ -424,6 +455,7 @@ def test_tables_are_imported_by_the_command(tmp_path: Path) -> None:
     stopped = run("import", "table", lines, folder, store_at, *options)
     assert (stopped.returncode, stopped.stdout) == (2, "")
     assert f"{lines}:2: got columns q, expected" in stopped.stderr
+    assert not (tmp_path / "expert.sqlite").exists(), "an empty store would be taken for one"
     done = run("import", "table", lines, folder, store_at, *options, "--skip-bad-rows")
     assert done.stdout.startswith("imported 2 rows into")
     with closing(ExpertStore(tmp_path / "expert.sqlite")) as store:
@@ -434,6 +466,24 @@ def test_tables_are_imported_by_the_command(tmp_path: Path) -> None:
     assert with_split.stdout.startswith("imported 1 rows into")
 
 
+def test_what_was_left_out_as_held_out_is_told(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", prompts(40))
+    num_held_out = sum(split_of(row["prompt"]) == "held_out" for row in prompts(40))
+    done = run("import", "table", source, f"run.dir={tmp_path}", "--leave-out-held-out")
+    told, counts = done.stdout.splitlines()
+    assert told == f"{num_held_out} held-out questions left out"
+    assert counts.startswith(f"imported {40 - num_held_out} rows into")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "table"])
+def test_a_file_without_rows_is_refused_and_makes_no_store(tmp_path: Path, kind: str) -> None:
+    empty = write_lines(tmp_path / "empty.jsonl", [])
+    failed = run("import", kind, empty, f"run.dir={tmp_path}")
+    expected = f"chord-expert: {empty}: got no rows, expected at least one demonstration\n"
+    assert (failed.returncode, failed.stdout, failed.stderr) == (2, "", expected)
+    assert list(tmp_path.iterdir()) == [empty]
+
+
 def test_mistakes_of_a_table_import_end_with_2_and_one_line(tmp_path: Path) -> None:
     place, path = f"run.dir={tmp_path}", write_lines(tmp_path / "a.jsonl", prompts(1))
     commands = {
@@ -441,6 +491,7 @@ def test_mistakes_of_a_table_import_end_with_2_and_one_line(tmp_path: Path) -> N
         (tmp_path / "gone.parquet", place): "gone.parquet: cannot be read (No such file or directory), expected a Parq",
         ("gone.txt", place): "gone.txt: got no such file, expected a .jsonl or .parquet file, a folder",
         (path, place, "--prompt-template", "Q"): '--prompt-template: got "Q", expected text with {question}',
+        (path, place, "--split", "test"): '--split: got "test" of',
         (path, place, "--messages-column", "m", "--prompt-column", "p"): "--messages-column: got a prompt or response",
     }
     for arguments, words in commands.items():
@@ -510,8 +561,7 @@ def test_bad_rows_stop_an_import_with_the_first_of_them_listed(tmp_path: Path) -
     assert (stopped.returncode, stopped.stdout, len(lines)) == (2, "", 21)
     assert [line.split(" ")[1] for line in lines[:20]] == [f"{bad}:{number}:" for number in range(4, 24)]
     assert lines[20].startswith("chord-expert: 25 bad rows, nothing was imported; --skip-bad-rows")
-    with closing(ExpertStore(path)) as opened:
-        assert opened.row_ids() == []
+    assert not path.exists()
 
 
 def test_importing_reasoning_gym_twice_adds_nothing_and_says_where_questions_end(tmp_path: Path) -> None:
@@ -586,3 +636,14 @@ def test_the_command_starts_without_heavy_imports() -> None:
     code = "import sys, learner.expert.__main__; print({'torch', 'transformers', 'reasoning_gym'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert loaded.stdout == "set()\n"
+
+
+def test_commands_that_need_rows_say_in_one_line_that_the_store_has_none(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_model)
+    ExpertStore(tmp_path / "expert.sqlite", create=True).close()
+    said = f"expert.path: {tmp_path / 'expert.sqlite'} holds no rows, expected at least one (see chord-expert import)"
+    for module in ("learner", "common.local"):
+        failed = run_module(module, "--config", str(config), check=False)
+        assert failed.returncode == 2, failed.stderr
+        assert [line for line in failed.stderr.splitlines() if said in line] == failed.stderr.splitlines()[-1:]
+        assert "Traceback" not in failed.stdout + failed.stderr

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from common.chat import ChatMessage
 from common.config.schema import Config
 from common.errors import ConfigError, OperatorError
-from common.problems import Problem, ReasoningProblems, split_of
+from common.problems import Problem, ReasoningProblems, first_item, split_of
 from common.tables import BadTableRow, TableRow, clip, read_json_lines, read_rows
 from learner.expert.store import NewRow
 
@@ -40,19 +40,27 @@ class BadRow:
     """Where it stands, what is wrong, got and expected."""
 
 
+@dataclass(frozen=True)
+class HeldOutRow:
+    """Something that was read and is kept for evaluation."""
+
+
 class Screen:
-    """Lets rows through; bad ones are left out and counted, or else end the import."""
+    """Lets rows through; held-out ones are left out and counted, bad ones too, or else they end the import."""
 
     def __init__(self, *, skip_bad_rows: bool) -> None:
         self.listed: list[str] = []
         """The first bad rows, at most MAX_LISTED."""
         self.num_bad = 0
+        self.num_held_out = 0
         self._skip_bad_rows = skip_bad_rows
 
-    def good(self, rows: Iterable[NewRow | BadRow]) -> Iterator[NewRow]:
+    def good(self, rows: Iterable[NewRow | BadRow | HeldOutRow]) -> Iterator[NewRow]:
         """The good rows. Raises OperatorError at the end, unless bad rows are skipped and there were any."""
         for row in rows:
-            if isinstance(row, BadRow):
+            if isinstance(row, HeldOutRow):
+                self.num_held_out += 1
+            elif isinstance(row, BadRow):
                 self.num_bad += 1
                 self.listed += [row.line] if self.num_bad <= MAX_LISTED else []
             elif self._skip_bad_rows or not self.num_bad:
@@ -94,12 +102,21 @@ class PromptForm:
 
     system_prompt: str = ""
     """Goes before it."""
-    template: str = QUESTION
-    """The prompt stands where it has {question}."""
+    template: str | None = None
+    """The prompt stands where it has {question}; None: as it is."""
 
     def __post_init__(self) -> None:
-        if QUESTION not in self.template:
+        if self.template is not None and QUESTION not in self.template:
             raise OperatorError(f'--prompt-template: got "{self.template}", expected text with {QUESTION}')
+
+    def ask(self, prompt: str) -> str:
+        return (self.template or QUESTION).replace(QUESTION, prompt)
+
+    def question_in(self, turn: str) -> str | None:
+        """What was asked in a turn of this form; None where it is of another."""
+        before, _, after = (self.template or QUESTION).partition(QUESTION)
+        has_form = turn.startswith(before) and turn.endswith(after) and len(turn) > len(before) + len(after)
+        return turn.removeprefix(before).removesuffix(after) if has_form else None
 
 
 class _Parts(BaseModel):
@@ -118,7 +135,7 @@ def read_jsonl(paths: Sequence[Path], *, system_prompt: str = "") -> Iterator[Ne
     """
     form = PromptForm(system_prompt)
     for path in paths:
-        for row in read_json_lines(path):
+        for row in _at_least_one(read_json_lines(path), str(path)):
             yield _read_row(row, DemonstrationColumns(), form=form, place=path.name)
 
 
@@ -129,17 +146,17 @@ def read_tables(
     columns: DemonstrationColumns = USUAL_COLUMNS,
     form: PromptForm = PromptForm(),
     leave_out_held_out: bool = False,
-) -> Iterator[NewRow | BadRow]:
+) -> Iterator[NewRow | BadRow | HeldOutRow]:
     """Rows of tables, as `common.tables.read_rows` takes them; a turn may be {"from", "value"}, as in ShareGPT.
 
-    `leave_out_held_out` passes over rows whose question, as it stands in the table, belongs to the held-out split.
-    Raises OperatorError where a table cannot be read.
+    `leave_out_held_out` tells rows apart whose question, as it stands in the table, belongs to the held-out split; in
+    messages `form` tells it. Raises OperatorError where a table cannot be read, or messages are not of that form.
     """
     for source in sources:
         place = Path(source).name if Path(source).exists() else source
-        for row in read_rows(source, split=split):
-            if not (leave_out_held_out and isinstance(row, TableRow) and _is_held_out(row, columns)):
-                yield _read_row(row, columns, form=form, place=place)
+        for row in _at_least_one(read_rows(source, split=split), source):
+            is_held_out = leave_out_held_out and isinstance(row, TableRow) and _is_held_out(row, columns, form)
+            yield HeldOutRow() if is_held_out else _read_row(row, columns, form=form, place=place)
 
 
 def read_reasoning_gym(config: Config, *, num_rows: int, response: Response) -> Iterator[NewRow | BadRow]:
@@ -147,7 +164,7 @@ def read_reasoning_gym(config: Config, *, num_rows: int, response: Response) -> 
 
     Raises ConfigError where the environment is no reasoning_gym family.
     """
-    options: dict[str, Any] = {"seed": config.run.seed} | config.environment.options
+    options: dict[str, Any] = {"seed": first_item(config.run.seed)} | config.environment.options
     if config.environment.name != "reasoning_gym":
         raise ConfigError([f'environment.name: got "{config.environment.name}", expected "reasoning_gym"'])
     if not isinstance(options.get("family"), str):
@@ -166,6 +183,14 @@ def _solved(problems: ReasoningProblems, problem: Problem, response: Response) -
         where = f"reasoning_gym {problems.family}: question {question}"
         return BadRow(f"{where}: the {response} {got} scores {score:g}, expected 1 (an expert row must be right)")
     return NewRow((*problem.messages, _assistant(text)), f"reasoning_gym:{problems.family}")
+
+
+def _at_least_one(rows: Iterator[TableRow | BadTableRow], source: str) -> Iterator[TableRow | BadTableRow]:
+    first = next(rows, None)
+    if first is None:
+        raise OperatorError(f"{source}: got no rows, expected at least one demonstration")
+    yield first
+    yield from rows
 
 
 def _read_row(
@@ -194,17 +219,21 @@ def _found(row: TableRow, columns: DemonstrationColumns) -> dict[str, str]:
     return {part: names[0] for part, names in present.items() if names and part not in unwanted}
 
 
-def _is_held_out(row: TableRow, columns: DemonstrationColumns) -> bool:
+def _is_held_out(row: TableRow, columns: DemonstrationColumns, form: PromptForm) -> bool:
     """Whether the environments of questions keep the row's question for evaluation."""
     found = _found(row, columns)
-    if "messages" in found:
-        turns = _turns(row.values[found["messages"]])
-        questions = [
-            turn.get("content") for turn in turns or () if isinstance(turn, dict) and turn.get("role") == "user"
-        ]
-    else:
-        questions = [row.values[found["prompt"]]] if "prompt" in found else []
-    return any(split_of(question) == "held_out" for question in questions[:1] if isinstance(question, str))
+    if "messages" not in found:
+        question = row.values[found["prompt"]] if "prompt" in found else None
+        return isinstance(question, str) and split_of(question) == "held_out"
+    turns = _turns(row.values[found["messages"]]) or ()
+    asked = next((turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"), None)
+    if not isinstance(asked, str):
+        return False  # a bad row, of which is told elsewhere
+    question = form.question_in(asked) if form.template else None
+    if question is None:
+        got = f"{row.where}: --leave-out-held-out: got {clip(asked)}"
+        raise OperatorError(f'{got}, expected --prompt-template to be its form ("{QUESTION}" where it is bare)')
+    return split_of(question) == "held_out"
 
 
 def _turns(messages: Any) -> Any:
@@ -229,8 +258,7 @@ def _conversation(parts: _Parts, form: PromptForm) -> tuple[ChatMessage, ...]:
     if parts.prompt is None or parts.response is None:
         return ()
     system = (ChatMessage(role="system", content=form.system_prompt),) if form.system_prompt else ()
-    prompt = form.template.replace(QUESTION, parts.prompt)
-    return (*system, ChatMessage(role="user", content=prompt), _assistant(parts.response))
+    return (*system, ChatMessage(role="user", content=form.ask(parts.prompt)), _assistant(parts.response))
 
 
 def _alternatives(columns: Sequence[str]) -> str:
