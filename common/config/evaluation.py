@@ -30,7 +30,8 @@ class Eval(Section):
     held_out: bool = Field(True, description="score the environment's own held-out problems, as the first task")
     num_problems: Positive = Field(200, description="held-out problems, all different, of a procedural task")
     benchmarks: list[str] = Field(
-        default_factory=list, description="further tasks: NAME, NAME=FILE, NAME=DATASET or reasoning_gym/FAMILY"
+        default_factory=list,
+        description="further tasks: NAME, NAME=FILE or DATASET (?question=COLUMN&…), reasoning_gym/FAMILY",
     )
     max_benchmark_problems: Count = Field(0, description="problems of one benchmark, drawn by run.seed; 0 takes all")
     samples_per_problem: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="k of avg@k: answers to a problem")

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -120,13 +120,19 @@ def _override_values(overrides: Iterable[str]) -> dict[Key, Any]:
 
 
 def _parse_override(section: str, key: str, text: str) -> Any:
-    """A TOML literal where it is one, else the bare text; text keys take the text as it stands."""
+    """A TOML literal, a number as Python writes it (.5), `unset`, or the bare text; text keys take it as it stands."""
     field = _section_fields(section).get(key)
     if field is not None and field.annotation is str:
         return text
+    if field is not None and text == "unset" and type(None) in get_args(field.annotation):
+        return None
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
         return text
 
 

@@ -25,7 +25,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "chord_mu": _preset(peak=0.9, valley=0.05, decay=200),
     "chord_phi": _preset(peak=0.1, valley=0.1, weighting="phi"),
 }
-"""Keys of the section `algorithm` that each preset owns."""
-
-FIXED_MU = {"sft": 1.0, "dft": 1.0, "grpo": 0.0, "sft_then_rl": 0.0}
-"""What μ is by definition of the method, once its supervised steps are over."""
+"""Keys of the section `algorithm` that each preset owns; any of them can be overridden."""

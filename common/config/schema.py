@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from common.config.evaluation import Eval
-from common.config.presets import FIXED_MU
 from common.config.run import Run
 from common.config.section import ADDRESS, Count, EngineKind, Fraction, Port, Positive, Seconds, Section
 from common.config.weights import Weights
@@ -87,8 +86,10 @@ class Algorithm(Section):
     )
     clip_low: Fraction = Field(0.2, description="ε below 1 of the clipped ratio")
     clip_high: Annotated[float, Field(ge=0)] = Field(0.2, description="ε above 1 of the clipped ratio")
-    cap: Annotated[float, Field(gt=0)] = Field(2.0, description="C of truncated importance sampling")
-    band: tuple[float, float] = Field((0.5, 5.0), description="[α, β] outside which icepop masks a token")
+    cap: Annotated[float, Field(ge=1)] = Field(2.0, description="C of truncated importance sampling; on-policy is 1")
+    band: tuple[float, float] = Field(
+        (0.5, 5.0), description="[α, β] outside which icepop masks a token; on-policy is 1, which must lie inside"
+    )
     max_staleness: Count = Field(1, description="optimizer steps a trained token may lag; 0 is exactly synchronous")
     staleness_policy: StalenessPolicy = Field(
         StalenessPolicy.PACE, description="pace waits for the oldest lease, drop passes it by"
@@ -113,8 +114,9 @@ class Algorithm(Section):
     mu_valley: Fraction = Field(0.0, description="μ after decay")
     mu_warmup_steps: Count = Field(0, description="optimizer steps from 0 to the peak")
     mu_decay_steps: Count = Field(0, description="optimizer steps from the peak to the valley (cosine)")
-    mu_target: Annotated[float, Field(gt=0, le=2)] | None = Field(
-        None, description="τ: with it μ = max(0, τ − mean reward of the step), in place of the schedule"
+    mu_target: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="τ: μ = max(0, τ − mean reward of the step, as scored), at most 1; in place of the schedule",
     )
     expert_weighting: Literal["phi", "is", "none"] = Field("none", description="token weight of the expert loss")
     sft_steps: Count | None = Field(
@@ -126,18 +128,6 @@ class Algorithm(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (mu := FIXED_MU.get(self.preset)) is not None:
-            for key in ("mu_peak", "mu_valley"):
-                if getattr(self, key) != mu:
-                    raise ValueError(
-                        f'algorithm.{key}: got {getattr(self, key)} with preset "{self.preset}", expected {mu}: '
-                        "leave it out, or choose chord_mu"
-                    )
-            if self.mu_target is not None:
-                raise ValueError(
-                    f'algorithm.mu_target: got {self.mu_target} with preset "{self.preset}", expected it with '
-                    "chord_mu or chord_phi only"
-                )
         if self.preset == "sft_then_rl" and self.sft_steps == 0:
             raise ValueError(
                 'algorithm.sft_steps: got 0 with preset "sft_then_rl", expected at least 1, or leave it out'
@@ -147,8 +137,12 @@ class Algorithm(Section):
                 f"algorithm.mu_decay_steps: got 0 with mu_peak {self.mu_peak} and mu_valley {self.mu_valley}, "
                 "expected a decay of at least 1 step, or peak equal to valley"
             )
-        if self.band[0] > self.band[1]:
-            raise ValueError(f"algorithm.band: got {list(self.band)}, expected [low, high] with low <= high")
+        low, high = self.band
+        if not 0 <= low < 1 < high:
+            raise ValueError(
+                f"algorithm.band: got {list(self.band)}, expected [low, high] with 0 <= low < 1 < high: on-policy "
+                "tokens, whose ratio is 1, must not be masked"
+            )
         if self.correction == "none" and self.max_staleness > 0 and not self.allow_uncorrected:
             raise ValueError(
                 f'algorithm.correction: got "none" with max_staleness {self.max_staleness}, expected a correction '
@@ -164,7 +158,16 @@ class Algorithm(Section):
     @property
     def trains_on_experts(self) -> bool:
         """Whether any step has μ > 0."""
-        return self.mu_target is not None or self.sft_steps != 0 or max(self.mu_peak, self.mu_valley) > 0.0
+        return bool(self.source_of_mu)
+
+    @property
+    def source_of_mu(self) -> str:
+        """The key that makes μ > 0 in some step, with its value; empty where none does."""
+        keys = ("mu_target", "sft_steps", "mu_peak", "mu_valley")
+        found = {key: getattr(self, key) for key in keys}
+        if self.sft_steps is None:
+            found["sft_steps"] = "unset"
+        return next((f"algorithm.{key} {value}" for key, value in found.items() if value), "")
 
 
 class Learner(Section):
@@ -334,8 +337,8 @@ class Config(Section):
     def _check(self) -> Self:
         if self.algorithm.trains_on_experts and self.expert.rows_per_step == 0:
             raise ValueError(
-                f'expert.rows_per_step: got 0 with algorithm.preset "{self.algorithm.preset}" (μ > 0), '
-                "expected at least 1 expert row per step"
+                f"expert.rows_per_step: got 0 with {self.algorithm.source_of_mu} (μ > 0), expected at least 1 expert "
+                "row per step"
             )
         if self.algorithm.trains_on_groups and self.sft_steps >= self.learner.num_steps:
             raise ValueError(
@@ -344,9 +347,10 @@ class Config(Section):
             )
         if self.algorithm.preset == "sft_then_rl" and self.sft_steps == 0:
             raise ValueError(f"learner.num_steps: got {self.learner.num_steps}, expected at least 2: one of each kind")
-        if self.sft_steps and self.algorithm.sft_ends_with == "best" and self.eval.every_steps == 0:
+        if self.algorithm.sft_ends_with == "best" and self.sft_steps and not 0 < self.eval.every_steps < self.sft_steps:
             raise ValueError(
-                'eval.every_steps: got 0 with algorithm.sft_ends_with "best", expected evaluations to choose by'
+                f'eval.every_steps: got {self.eval.every_steps} with algorithm.sft_ends_with "best", expected 1 to '
+                f"{self.sft_steps - 1}: evaluations to choose by, within the {self.sft_steps} sft_steps"
             )
         if self.algorithm.overlong == "soft_penalty" and not (
             1 <= self.algorithm.overlong_buffer_tokens <= self.sampling.max_tokens
@@ -378,9 +382,15 @@ class Config(Section):
         return {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
 
     @property
+    def agreed(self) -> dict[str, dict[str, Any]]:
+        """By section, what learner, actors and evaluator hold in common, and a run from its begin to its end."""
+        return {
+            section: self.model_dump(mode="json", include={section: keys or True})[section]
+            for section, keys in AGREED.items()
+        }
+
+    @property
     def agreement_hash(self) -> str:
         """Equal exactly where two components would sample, score and train the same thing."""
-        agreed = {
-            section: self.model_dump(mode="json", include={section: keys or True}) for section, keys in AGREED.items()
-        }
-        return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()[:16]
+        nested = {section: {section: values} for section, values in self.agreed.items()}  # as runs have it on record
+        return hashlib.sha256(json.dumps(nested, sort_keys=True).encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import tomllib
 from io import TextIOWrapper
 from pathlib import Path
 from typing import cast
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 
 from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command
+from common.config.load import to_toml
 from common.config.schema import Config
 from common.environments import find_environment
 from common.errors import OperatorError
@@ -47,6 +49,7 @@ def local(
     if fresh:
         run_dir.clear()
     if (done := steps_done(run_dir)) >= resolved.learner.num_steps:
+        require_same_run(run_dir, resolved)
         print(f"{run_dir.path} is complete ({done} steps): raise learner.num_steps to go on, or use --fresh")
         raise typer.Exit(0)
     run_dir.create()
@@ -72,6 +75,21 @@ def steps_done(run_dir: RunDir) -> int:
         return int(json.loads(run_dir.summary.read_bytes())["steps"])
     except (ValueError, KeyError, TypeError):
         return 0  # damaged: the learner, which knows better, writes it anew
+
+
+def require_same_run(run_dir: RunDir, config: Config) -> None:
+    """Raises OperatorError where the folder holds a run of another method or task, whose result is not this one's."""
+    try:
+        begun = tomllib.loads(run_dir.config.read_text())  # as it stands: an earlier version's is no error
+    except (OSError, ValueError):
+        return
+    for section, values in config.agreed.items():
+        for key, found in values.items():
+            if (expected := begun.get(section, {}).get(key, found)) != found:
+                raise OperatorError(
+                    f"{run_dir.path}: {section}.{key}: got {to_toml(found)}, expected {to_toml(expected)}, with which "
+                    "the complete run in it began: choose another run.dir, or use --fresh"
+                )
 
 
 def with_port(config: Config) -> Config:
