@@ -176,7 +176,7 @@ def test_each_component_of_a_run_tells_when_it_is_ready_and_what_it_does(tiny_mo
             wait_until(lambda: sum(one.look() for one in everybody) == 4)
             wait_until(lambda: Scraped(learners).value("chord_evaluations_owed") == 0)
             wait_until(lambda: Scraped(rank.port).value("chord_rank_step") >= 3)
-            of_learner, of_rank, of_actor, of_evaluator = (Scraped(one.port) for one in everybody)
+            of_evaluator, of_actor, of_rank, of_learner = (Scraped(one.port) for one in reversed(everybody))
             learner.process.terminate()
             learner.process.wait()
         wait_until(lambda: not actor.look())
