@@ -30,6 +30,8 @@ class Attempt:
 
     trajectory: Trajectory
     num_prompt_tokens: int
+    question: str
+    """The last message before the first answer."""
     text: str
     """The last answer."""
     is_parsed: bool
@@ -99,7 +101,8 @@ class Rollout:
 
     async def episode(self, episode: Episode, sampling: SamplingParameters) -> Attempt:
         """One episode to its end."""
-        prompt = self._chat.prompt_tokens(await self._from_environment(episode.begin(), "a prompt"))
+        opening = await self._from_environment(episode.begin(), "a prompt")
+        prompt = self._chat.prompt_tokens(opening)
         tape, reward = Tape(prompt), 0.0
         while True:
             answer = await self._sample(tape.tokens, sampling)
@@ -114,7 +117,7 @@ class Rollout:
                 is_over = is_truncated = len(tape.tokens) >= self._max_model_tokens
             if is_over:
                 trajectory = tape.trajectory(reward, is_truncated=is_truncated)
-                return Attempt(trajectory, len(prompt), text, turn.is_parsed)
+                return Attempt(trajectory, len(prompt), opening[-1].content, text, turn.is_parsed)
 
     async def _sample(self, tokens: list[int], sampling: SamplingParameters) -> Answer:
         room = self._max_model_tokens - len(tokens)

@@ -169,7 +169,7 @@ def test_a_prompt_that_does_not_fit_is_told_in_one_line(tiny_model: Path) -> Non
 
 def test_more_categories_than_a_message_takes_are_left_out() -> None:
     def samples(count: int) -> list[Sample]:
-        return [Sample("t", n, 0, f"c{n}" * 40, "", "", 1.0, True, True, False, 1) for n in range(count)]
+        return [Sample("t", n, 0, f"c{n}" * 40, "", "", "", 1.0, True, True, False, 1) for n in range(count)]
 
     full = score_task(samples(MAX_CATEGORIES), wall_s=0.0, seed=0).categories
     assert (len(full), max(map(len, full))) == (MAX_CATEGORIES, 64)
@@ -203,7 +203,7 @@ def test_an_answer_that_a_family_cannot_read_counts_as_unreadable() -> None:
 def test_metrics_are_told_by_task() -> None:
     metrics = EvaluatorMetrics()
     version = Version(run_id="run", incarnation=1, step=12, hash="ab")
-    samples = [Sample("amc", n, 0, "", "", "", float(n), n == 1, n == 1, False, 1) for n in range(2)]
+    samples = [Sample("amc", n, 0, "", "", "", "", float(n), n == 1, n == 1, False, 1) for n in range(2)]
     metrics.observe(version, [score_task(samples, wall_s=2.0, seed=0)])
     said = generate_latest(metrics.registry).decode()
     assert 'chord_evaluation_accuracy_ratio{task="amc"} 0.5' in said
@@ -267,7 +267,11 @@ def test_a_model_is_scored_on_a_benchmark_and_its_saved_answers_score_alike(tiny
     assert lines == read_lines(tmp_path / "1.jsonl")
     assert len({line["text"] for line in lines}) > 6
     assert {line["gold"] for line in lines} == {"1", "2", "3"}
-    (scored,), (again,) = first["tasks"], evaluate("--answers", str(tmp_path / "0.jsonl"))["tasks"]  # pyright: ignore
+    assert all(f"What is {line['problem']} + 1?" in line["question"] for line in lines)
+    judged = tmp_path / "judged.jsonl"
+    document = evaluate("--answers", str(tmp_path / "0.jsonl"), "--samples", str(judged))
+    assert read_lines(judged) == lines
+    (scored,), (again,) = first["tasks"], document["tasks"]  # pyright: ignore
     assert (scored["task"], scored["num_problems"], scored["samples_per_problem"]) == ("gsm8k", 3, 4)
     assert list(scored["pass_at_k"]) == ["1", "2", "4"]
     assert 0 < scored["mean_answer_tokens"] <= 12

@@ -26,6 +26,8 @@ class Sample:
     sample: int
     """Which of the k answers, from 0."""
     category: str
+    question: str
+    """The last message before the first answer."""
     gold: str
     """The right answer where the task has one at hand, else empty."""
     text: str

@@ -53,7 +53,7 @@ class SavedAnswers:
     async def _judge(self, task: EvaluationTask, problem: int, number: int, limit_s: float) -> Sample:
         saved = self._answers[task.name, problem, number]
         episode = task.environment.episode("held_out", problem)
-        await wait_for(episode.begin(), "a prompt", whom="the environment", limit_s=limit_s, is_quiet=True)
+        opening = await wait_for(episode.begin(), "a prompt", whom="the environment", limit_s=limit_s, is_quiet=True)
         turn = await wait_for(
             episode.answer(saved.text, is_truncated=saved.is_truncated), "a score",
             whom="the environment", limit_s=limit_s, is_quiet=True,
@@ -64,6 +64,7 @@ class SavedAnswers:
             problem=problem,
             sample=number,
             category=episode.category,
+            question=opening[-1].content,
             gold=task.golds.get(problem, ""),
             text=saved.text,
             reward=turn.reward,
