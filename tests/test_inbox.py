@@ -1,6 +1,7 @@
 """The inbox over real sockets: who is let in, what is on disk before a receipt leaves, and what outlives a restart."""
 
 import asyncio
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ from common.wire.messages import (
     Work,
     WorkRequest,
 )
+from common.wire.ports import free_ports
 from common.wire.sockets import SocketLimits, open_socket
 from learner.inbox import Inbox, LeaseTerms
 from learner.ledger.account import GroupCounts
@@ -65,7 +67,7 @@ class Learner:
         self,
         folder: Path,
         *,
-        port: int = 0,
+        port: int | None = None,
         lease_s: float = 60.0,
         seed: int = 0,
         max_connections: int = 99,
@@ -77,6 +79,7 @@ class Learner:
         self.evaluations: list[EvaluationResult] = []
         self._context: zmq.Context[Any] = zmq.Context()
         self.keys = ServerKeys(self._context, str(keys)) if keys else None
+        port = port or free_ports(1, "127.0.0.1")[0]  # to which it comes back, while peers dial it
         self.listener = Listener(
             self._context, zmq.ROUTER, host="127.0.0.1", port=port, purpose="actors", limits=LIMITS,
             bounds=Bounds(max_connections, 4 * MAX_BYTES), keys=self.keys,
@@ -457,16 +460,18 @@ def test_leases_go_only_to_those_who_serve_published_weights(
 def test_the_leases_of_a_silent_actor_go_to_another_and_it_may_come_back(
     start: Callable[..., Learner], meet: Callable[..., Peer]
 ) -> None:
-    learner = start(lease_s=0.6)
+    learner = start()
     silent, busy = meet(learner, "silent"), meet(learner, "busy")
     silent.join()
     busy.join()
     leases = silent.work(capacity=4)
     assert len(leases) == 4
     inherited: tuple[Lease, ...] = ()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
+    learner.inbox._attendance._lease_s = 0.6
     while not inherited and time.monotonic() < deadline:
         inherited = busy.work(capacity=3)
+    learner.inbox._attendance._lease_s = 60.0  # nobody else is to fall silent, however slow this machine
     assert [lease.prompt_index for lease in inherited] == [0, 1, 2]
     assert busy.deliver(inherited[0]).outcome is Outcome.COMMITTED
     assert isinstance(silent.ask(work_request(learner.newest, capacity=4)), Refusal)
@@ -496,15 +501,14 @@ def test_a_new_process_gets_the_name_and_prompts_of_a_killed_one_at_once(
 def test_a_new_process_gets_the_name_of_one_that_fell_silent(
     start: Callable[..., Learner], meet: Callable[..., Peer]
 ) -> None:
-    learner = start()
+    learner = start(silence_s=3.0)
     earlier, later = meet(learner), meet(learner, process=2)
     earlier.join()
     assert len(earlier.work(capacity=4)) == 4
     refusal = later.join()
     assert isinstance(refusal, Refusal)
     assert not refusal.is_final
-    assert refusal.reason.startswith("a was heard 0.")
-    assert refusal.reason.endswith("s ago from another process: not yet")
+    assert re.fullmatch(r"a was heard [0-2]\.\d s ago from another process: not yet", refusal.reason)
     wait_until(lambda: isinstance(later.join(), Welcome))
     assert [lease.prompt_index for lease in later.work(capacity=4)] == [0, 1, 2, 3]
     assert isinstance(earlier.ask(work_request(learner.newest, capacity=4)), Refusal)
@@ -539,10 +543,12 @@ def test_a_peer_that_is_not_heard_is_gone_until_its_next_request(
     (lease,) = peer.work(capacity=1)
     (known,) = learner.inbox.peers.all()
     assert known.state is ActorState.SERVING
-    wait_until(lambda: known.state is ActorState.GONE, timeout_s=5.0)
-    (line,) = [record.getMessage() for record in caplog.records if "is gone" in record.getMessage()]
-    assert line.startswith("a is gone: silence of 1.")
-    assert "its leases are issued again in 59 s" in line
+    wait_until(lambda: "a is gone" in caplog.text)
+    assert known.state is ActorState.GONE
+    said = re.search(r"a is gone: silence of (\S+) s, .* its leases are issued again in (\d+) s", caplog.text)
+    assert said
+    assert float(said[1]) >= SILENCE_S
+    assert float(said[1]) + int(said[2]) == pytest.approx(60.0, abs=0.6)  # both are rounded
     assert peer.work(capacity=0, held=[lease]) == ()
     assert known.state is ActorState.SERVING
 
@@ -726,7 +732,7 @@ def test_a_link_without_a_learner_names_whom_and_what_it_waited_for(start: Calla
     async def wait_in_vain(port: int) -> None:
         link = link_to(port, patience_s=0.6)
         try:
-            with pytest.raises(WaitTimeout, match=rf"waited 1 s for a welcome from learner at tcp://127.0.0.1:{port}"):
+            with pytest.raises(WaitTimeout, match=rf"waited \d s for a welcome from learner at tcp://127.0.0.1:{port}"):
                 await link.ask(work_request(None, capacity=1), Work, phase="work")
         finally:
             await link.close()
