@@ -110,7 +110,7 @@ def report_name(kind: Kind, case: Case) -> str:
 def main(model: Path, output: Path, rank: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     meeting = f"file://{output / 'meeting'}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=600))
     ranks, judge = Ranks(CPU), Judge(model)
     for kind in KINDS:
         gauge = make_gauge(model, ranks, **kind.options)

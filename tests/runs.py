@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+PATIENCE_S = 600.0
+"""With what starts several processes that import torch, however busy the machine is."""
 QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -74,7 +76,7 @@ def _imported(config: Path, num_rows: int, task: str) -> Path:
 
 
 def run_module(
-    module: str, *arguments: str, timeout_s: float = 120, check: bool = True
+    module: str, *arguments: str, timeout_s: float = PATIENCE_S, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(
@@ -113,7 +115,7 @@ class LocalRun:
         logs = "".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.folder.glob("logs/*.log")))
         return said + logs
 
-    def finish(self, timeout_s: float = 150) -> None:
+    def finish(self, timeout_s: float = PATIENCE_S) -> None:
         assert self.process.wait(timeout_s) == 0, self.output
 
     def stop(self) -> None:
@@ -130,7 +132,7 @@ class LocalRun:
                     found[name] = child
         return found
 
-    def wait_until(self, is_reached: Callable[[], bool], timeout_s: float = 120) -> None:
+    def wait_until(self, is_reached: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not is_reached():
             assert self.process.poll() is None, f"it ended early:\n{self.output}"

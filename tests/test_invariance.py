@@ -263,7 +263,7 @@ def two_ranks(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             stack.callback(process.wait)
             stack.callback(process.kill)
         for process, log in zip(processes, said, strict=True):
-            assert process.wait(timeout=240) == 0, log.read_text()[-3000:]
+            assert process.wait(timeout=1200) == 0, log.read_text()[-3000:]
     return folder
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from common.version import Version
 from common.weights.server import WeightServer
 from common.wire.codec import decode, encode
 from common.wire.messages import Goodbye, Hello, Message, Outcome, Receipt, Refusal, Welcome, Work, WorkRequest
+from common.wire.ports import free_ports
 from common.wire.sockets import bind, open_socket
 from tests import zmtp
 from tests.chaos.proxy import CALM, Proxy, Weather
@@ -37,12 +39,13 @@ PIECE = [bytes(150_000)]
 class HandLearner:
     """A learner of one socket that answers as the test says, within the test's event loop."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int | None = None) -> None:
         self.heard: list[Message] = []
         self.replies: Callable[[Message], Message | None] = ordinary_reply
         self._context: zmq.asyncio.Context = zmq.asyncio.Context()
         self._socket: Any = open_socket(self._context, zmq.ROUTER, LIMITS)
-        self.port = bind(self._socket, "127.0.0.1", port, "actors")
+        self.port = port or free_ports(1, "127.0.0.1")[0]  # to which it comes back, while peers dial it
+        bind(self._socket, "127.0.0.1", self.port, "actors")
         self._task = asyncio.create_task(self._serve())
 
     async def _serve(self) -> None:
@@ -146,7 +149,7 @@ def test_a_group_outlives_a_long_replay_is_sent_ever_more_rarely_and_the_reason_
     monkeypatch.setattr("common.wait.REPORT_S", 0.75)
 
     async def run() -> None:
-        async with linked(learner_timeout_s=1.0, max_message_bytes=450_000, max_unacknowledged_bytes=450_000) as (
+        async with linked(learner_timeout_s=2.0, max_message_bytes=450_000, max_unacknowledged_bytes=450_000) as (
             learner,
             link,
         ):
@@ -170,7 +173,7 @@ def test_a_group_outlives_a_long_replay_is_sent_ever_more_rarely_and_the_reason_
 
 def test_a_small_request_that_is_only_ever_refused_ends_with_the_reason() -> None:
     async def run() -> None:
-        async with linked(learner_timeout_s=0.5) as (learner, link):
+        async with linked(learner_timeout_s=2.0) as (learner, link):
             learner.replies = replay
             with pytest.raises(WaitTimeout, match=r"a goodbye \(refused so far: the learner replays\) from learner at"):
                 await link.ask(Goodbye(), Receipt, phase="a goodbye")
@@ -180,7 +183,7 @@ def test_a_small_request_that_is_only_ever_refused_ends_with_the_reason() -> Non
 
 def test_room_to_send_is_waited_for_no_longer_than_a_silent_learner() -> None:
     async def run() -> None:
-        async with linked(learner_timeout_s=1.0, max_message_bytes=450_000, max_unacknowledged_bytes=450_000) as (
+        async with linked(learner_timeout_s=2.0, max_message_bytes=450_000, max_unacknowledged_bytes=450_000) as (
             learner,
             link,
         ):
@@ -194,9 +197,9 @@ def test_room_to_send_is_waited_for_no_longer_than_a_silent_learner() -> None:
 
 def test_all_who_wait_for_a_greeting_wait_for_the_same_one() -> None:
     async def run() -> None:
-        async with linked(learner_timeout_s=0.5) as (learner, link):
+        async with linked(learner_timeout_s=2.0) as (learner, link):
             learner.replies = lambda _: None
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(15):
                 asked = (ask_for_work(link) for _ in range(20))
                 outcomes = await asyncio.gather(*asked, return_exceptions=True)
             assert all("a welcome" in str(outcome) for outcome in outcomes), outcomes
@@ -217,11 +220,11 @@ def test_a_link_says_that_its_learner_fell_into_a_black_hole_and_goes_on_when_it
             await ask_for_work(link)
             proxy.change(Weather(is_black_hole=True))
             asking = asyncio.create_task(ask_for_work(link))
-            async with asyncio.timeout(5):
-                while "silence of 3." not in caplog.text:
+            async with asyncio.timeout(20):
+                while not re.search(r"silence of [3-9]\.", caplog.text):
                     await asyncio.sleep(0.02)
             proxy.change(CALM)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 await asking
         finally:
             await link.close()
@@ -298,8 +301,8 @@ def test_another_program_at_the_learners_port_is_outlived(words: bytes) -> None:
             server.close()
             has_met.set()
 
-        server = await asyncio.start_server(babble, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
+        (port,) = free_ports(1, "127.0.0.1")
+        server = await asyncio.start_server(babble, "127.0.0.1", port)
         link = LearnerLink(Network(port=port), hello("a", "a-1"))  # pyright: ignore
         try:
             async with asyncio.timeout(20):

@@ -27,7 +27,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 LN2 = math.log(2)
 
-quick = settings(max_examples=25, deadline=None, database=None)
+quick = settings(max_examples=50, deadline=None, derandomize=True)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_weighting = pytest.mark.parametrize("weighting", WEIGHTINGS)
 

@@ -17,6 +17,7 @@ from common.errors import ConfigError
 from common.problems import ReasoningProblems
 
 MEMORY = 4 << 30
+CPU_S = 180
 """Address space of a process that makes all families, bytes."""
 UNUSABLE = {"composite"}
 """Want parameters."""
@@ -39,11 +40,16 @@ for family in sorted(DATASETS):
 """
 
 
+def bound() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
+
+
 def test_every_family_is_made_in_little_time_and_memory_and_takes_its_own_answers() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", EVERY_FAMILY], capture_output=True, text=True, timeout=180, check=True,
+        [sys.executable, "-c", EVERY_FAMILY], capture_output=True, text=True, timeout=900, check=True,
         env={**os.environ, "PYTHONHASHSEED": "0"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
+        preexec_fn=bound,
     )  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(lines) > 100

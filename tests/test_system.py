@@ -96,7 +96,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_next_start_ends_the_run(tiny_model: 
     with LocalRun(config) as run:
         run.wait_until(lambda: run.num_steps_done() >= 2)
         run.stop()
-        run.finish(timeout_s=60)
+        run.finish()
     done = run.num_steps_done()
     assert 2 <= done < 1000
     assert (run.folder / "checkpoints" / f"step-{done:08d}").exists()
@@ -203,7 +203,7 @@ def test_a_busy_port_is_named_and_every_component_serves_metrics(tiny_model: Pat
         )
         other = run_module("learner", "--config", str(run.folder / "config.toml"), check=False)
         run.process.send_signal(signal.SIGTERM)
-        run.finish(timeout_s=60)
+        run.finish()
     assert done.returncode == other.returncode == 2
     assert "network.port: cannot bind" in done.stderr.splitlines()[-1]
     assert "is in use by another learner" in other.stderr.splitlines()[-1]

@@ -18,6 +18,7 @@ from common.weights.server import MAX_KEPT, WeightServer
 from common.weights.snapshot import Manifest, Snapshot, hash_chunk, hash_of_chunks, write_snapshot
 from common.wire.codec import decode
 from common.wire.messages import Announcement
+from common.wire.ports import free_ports
 from common.wire.sockets import SocketLimits, open_socket
 from tests.chaos.proxy import Proxy, Weather
 
@@ -172,7 +173,7 @@ def test_a_fetch_goes_on_after_the_server_was_killed_and_another_took_its_place(
         assert process.stdout
         return int(process.stdout.readline())
 
-    with start(0) as first:
+    with start(free_ports(1, "127.0.0.1")[0]) as first:
         port = port_of(first)
         client = connect(port)
         successors: list[subprocess.Popen[str]] = []
