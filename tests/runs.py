@@ -105,8 +105,10 @@ class LocalRun:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
+            left = psutil.Process(self.process.pid).children(recursive=True)
             self.process.kill()
             self.process.wait()
+            psutil.wait_procs(left, timeout=60)  # who notice that it is gone
         self._output.close()
 
     @property
@@ -138,6 +140,12 @@ class LocalRun:
             assert self.process.poll() is None, f"it ended early:\n{self.output}"
             assert time.monotonic() < deadline, f"not reached within {timeout_s} s:\n{self.output}"
             time.sleep(0.05)
+
+    def kill(self, name: str) -> None:
+        """Kill a component, and wait for the process that takes its place."""
+        killed = self.components()[name]
+        killed.kill()
+        self.wait_until(lambda: name in (now := self.components()) and now[name].pid != killed.pid)
 
     def num_steps_done(self) -> int:
         return len(read_lines(self.folder / "metrics.jsonl"))

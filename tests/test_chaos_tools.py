@@ -199,7 +199,7 @@ def test_a_learner_under_hostile_fire_goes_on_and_loses_nothing(
     keys = make_keys(tmp_path / "keys") if has_keys else None
     sections = {
         # Actors slower than the learner, and more leases than they take: some are there for thieves.
-        "actor": {"engine": "simulated", "tokens_per_s": 15.0, "max_groups_in_flight": 1},
+        "actor": {"engine": "simulated", "tokens_per_s": 4.0, "max_groups_in_flight": 1},
         "algorithm": {"max_staleness": 8},
         "eval": {"every_steps": 0},
         "network": {"keys": str(keys)} if keys else {},

@@ -4,13 +4,14 @@ from collections import deque
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.concurrency import FIRST_GROUPS, Concurrency
 from actors.engine import Pressure
 from common.wire.messages import MAX_LEASES
 
+unhurried = settings(deadline=None, derandomize=True)
 ROOM = Pressure(kv_cache_frac=0.2)
 FULL = Pressure(kv_cache_frac=0.97, waiting_frac=0.1)
 
@@ -46,6 +47,7 @@ def limits(most: int, ends: list[tuple[Pressure, bool]]) -> Iterator[tuple[int, 
         yield before, concurrency.limit, pressure, granted
 
 
+@unhurried
 @given(most=st.integers(0, 40), ends=st.lists(ends, max_size=60))
 def test_whatever_happens_the_limit_stays_between_one_and_what_is_allowed(
     most: int, ends: list[tuple[Pressure, bool]]
@@ -55,6 +57,7 @@ def test_whatever_happens_the_limit_stays_between_one_and_what_is_allowed(
         assert 1 <= after <= (most or MAX_LEASES)
 
 
+@unhurried
 @given(most=st.integers(0, 40), ends=st.lists(ends, max_size=60))
 def test_it_never_rises_where_answers_wait_or_the_learner_has_no_work(
     most: int, ends: list[tuple[Pressure, bool]]

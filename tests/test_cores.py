@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config.load import resolve_config
@@ -14,6 +14,7 @@ from common.config.schema import Actor, Config, Learner
 from common.local.cores import describe_cores, handing_down, share_cores
 from common.local.supervisor import Component
 
+unhurried = settings(deadline=None, derandomize=True)
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,6 +35,7 @@ shapes = st.fixed_dictionaries(
 )
 
 
+@unhurried
 @given(shape=shapes, num_cores=st.integers(1, 32), num_peers=st.integers(0, 5))
 def test_auto_pins_only_where_every_thread_finds_a_core_of_its_own(
     shape: dict[str, int], num_cores: int, num_peers: int
@@ -51,6 +53,7 @@ def test_auto_pins_only_where_every_thread_finds_a_core_of_its_own(
         assert all(own & other <= common for rival, other in shares.items() if rival != name)
 
 
+@unhurried
 @given(shape=shapes, num_cores=st.integers(2, 32), num_peers=st.integers(1, 5))
 def test_split_keeps_the_learner_and_the_others_apart(shape: dict[str, int], num_cores: int, num_peers: int) -> None:
     shares = share_cores(range(num_cores), config_with("split", **shape), names(num_peers))

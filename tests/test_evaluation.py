@@ -323,8 +323,9 @@ def test_training_waits_for_no_evaluator_and_what_it_still_owes_is_of_the_versio
 ) -> None:
     num_steps = 12
     config = write_config(
-        tmp_path, tiny_model, run={"num_actors": 1, "watchdog_s": 120.0}, actor={"engine": "simulated"},
-        learner={"num_steps": num_steps}, algorithm={"preset": "grpo"}, eval={"every_steps": 1, "num_problems": 4},
+        tmp_path, tiny_model, run={"num_actors": 1, "watchdog_s": 120.0},
+        actor={"engine": "simulated", "tokens_per_s": 40.0}, learner={"num_steps": num_steps},
+        algorithm={"preset": "grpo"}, eval={"every_steps": 1, "num_problems": 4},
     )  # fmt: skip
     with LocalRun(config) as run:
         run.wait_until(lambda: run.num_steps_done() >= 1 and "evaluator" in run.components())

@@ -1,6 +1,7 @@
 """An actor's life: what it tells its learner, how it leaves, and what becomes of it when its engine fails."""
 
 import asyncio
+import re
 import signal
 import subprocess
 import sys
@@ -356,9 +357,11 @@ def test_a_wrong_configuration_is_told_while_the_engine_still_starts(
 
 
 def test_an_engine_that_does_not_start_in_time_is_named(learner: HandLearner, make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(start_timeout_s=0.3)
+    bench = make_bench(start_timeout_s=3.0)
     bench.engine.never_starts = True
-    with pytest.raises(ComponentFailure, match="waited 0 s for its start from the simulated engine, expected it"):
+    with pytest.raises(
+        ComponentFailure, match=r"waited \d+ s for its start from the simulated engine, expected it within 3 s"
+    ):
         bench.run()
     assert learner.states == [ActorState.STARTING]
     assert all(request.capacity == 0 for request in learner.of(WorkRequest))
@@ -471,7 +474,7 @@ def test_an_engine_that_leaves_probes_unanswered_ends_the_actor(
     monkeypatch.setattr("actors.guard.PROBE_EVERY_S", 0.01)
     bench = make_bench(probe_timeout_s=0.05)
     bench.engine.never_answers_probes = True
-    with pytest.raises(ComponentFailure, match=r"3 failures in a row, last probe: waited 0 s for .*probe failures 3"):
+    with pytest.raises(ComponentFailure, match=r"3 failures in a row, last probe: waited \d+ s for .*probe failures 3"):
         bench.run()
     assert bench.counted("chord_actor_probe_failures_total") == 3
 
@@ -482,7 +485,7 @@ def test_an_environment_that_does_not_answer_costs_the_lease_and_is_named(
     bench = make_bench(Sums(score_s=600), score_timeout_s=0.1)
     bench.run(until=lambda: bool(learner.of(LeaseFailure)))
     reason = learner.of(LeaseFailure)[0].reason
-    assert reason.startswith("WaitTimeout: waited 0 s for a score from the environment, expected it within 0 s")
+    assert re.match(r"WaitTimeout: waited \d+ s for a score from the environment, expected it within 0 s", reason)
     assert bench.counted("chord_actor_request_failures_total") == 0
 
 

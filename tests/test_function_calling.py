@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.environment import Judgement, make_environment
@@ -15,6 +15,7 @@ from common.errors import ConfigError, OperatorError
 from common.function_calls import MAX_CHARS, MAX_DEPTH, read_calls
 from common.problems import split_of
 
+unhurried = settings(deadline=None, derandomize=True)
 QUESTIONS = [f"What is the weather in city {i}?" for i in range(40)]
 CALL = '[Weather API(city="city {}", days=3)]'
 
@@ -114,6 +115,7 @@ def test_hostile_text_is_refused_at_once(text: str) -> None:
     assert time.monotonic() - started < 2.0
 
 
+@unhurried
 @given(st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), literals, max_size=4))
 def test_any_literals_are_read_as_python_writes_them(arguments: dict[str, object]) -> None:
     written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
@@ -124,6 +126,7 @@ def test_any_literals_are_read_as_python_writes_them(arguments: dict[str, object
     assert set(json.loads(calls[0])[1]) == set(arguments)
 
 
+@unhurried
 @given(st.text(alphabet="[](){}=,'\"\\ f1-:#\n", max_size=60))
 def test_no_text_makes_the_reader_fail(text: str) -> None:
     calls = read_calls(f"[{text}]")

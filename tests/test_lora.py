@@ -177,9 +177,10 @@ def test_a_run_of_adapters_survives_a_kill_and_is_repeated_bit_for_bit(tiny_mode
     import_experts(config)
     with LocalRun(config) as run:
         run.wait_until(lambda: run.num_steps_done() >= 4)
-        run.components()["learner"].kill()
+        run.kill("learner")
         run.finish()
     assert len(read_lines(run.folder / "metrics.jsonl")) == 6
+    assert read_summary(run.folder)["incarnations"] == 2
     assert read_summary(run.folder)["eval_after"] is not None
     assert audit(run.folder)["violations"] == []
     assert "replayed steps 1 to 6: bit for bit, 6 versions" in run_module("learner", "--replay", str(run.folder)).stdout

@@ -13,9 +13,9 @@ import pytest
 
 from common.wire.ports import free_ports
 from learner.durable import link_or_copy
-from tests.runs import QUIET, import_experts, read_lines, read_summary, run_module, write_config
+from tests.runs import PATIENCE_S, QUIET, import_experts, read_lines, read_summary, run_module, write_config
 
-NUM_STEPS = 6
+NUM_STEPS = 30
 Start = Callable[[], list[subprocess.Popen[str]]]
 
 
@@ -62,7 +62,7 @@ def start(tiny_model: Path, tmp_path: Path) -> Iterator[Start]:
 
 def test_a_learner_on_two_machines_survives_the_loss_of_one(start: Start, tmp_path: Path) -> None:
     first, second = start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not (tmp_path / "checkpoints" / "newest").exists():
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < deadline
@@ -70,7 +70,7 @@ def test_a_learner_on_two_machines_survives_the_loss_of_one(start: Start, tmp_pa
     lose(second)
     assert first.wait(60) != 0
     for machine in start():
-        _, said = machine.communicate(timeout=120)
+        _, said = machine.communicate(timeout=PATIENCE_S)
         assert machine.returncode == 0, said
     lines = read_lines(tmp_path / "machine-0" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))

@@ -8,9 +8,10 @@ from learner.excerpts.folder import ExcerptFolder
 from tests.runs import LocalRun, audit, import_experts, read_lines, read_summary, run_module, write_config
 
 
-def write_simulated_config(folder: Path, model: Path, *, num_steps: int) -> Path:
+def write_simulated_config(folder: Path, model: Path, *, num_steps: int, tokens_per_s: float = 2000.0) -> Path:
     config = write_config(
-        folder, model, run={"num_actors": 2}, actor={"engine": "simulated"}, eval={"every_steps": 0},
+        folder, model, run={"num_actors": 2}, actor={"engine": "simulated", "tokens_per_s": tokens_per_s},
+        eval={"every_steps": 0},
         algorithm={"max_staleness": 2},
         learner={"num_steps": num_steps, "checkpoint_every_steps": 3, "keep_arrivals": True, "num_threads": 1},
     )  # fmt: skip
@@ -19,33 +20,35 @@ def write_simulated_config(folder: Path, model: Path, *, num_steps: int) -> Path
 
 
 def test_a_run_killed_twice_is_bit_for_bit_the_one_that_was_not(tiny_model: Path, tmp_path: Path) -> None:
-    config = write_simulated_config(tmp_path, tiny_model, num_steps=14)
+    config = write_simulated_config(tmp_path, tiny_model, num_steps=20, tokens_per_s=30.0)
     with LocalRun(config) as run:
         for reached in (4, 8):
             run.wait_until(lambda reached=reached: run.num_steps_done() >= reached)
-            run.components()["learner"].kill()
-            run.wait_until(lambda reached=reached: run.num_steps_done() > reached)
+            run.kill("learner")
+            done = run.num_steps_done()
+            run.wait_until(lambda done=done: run.num_steps_done() > done)
             assert audit(run.folder)["violations"] == []  # while it goes on
         run.finish()
     assert read_summary(run.folder)["incarnations"] == 3
     report = audit(run.folder)
     assert report["violations"] == []
-    assert (report["steps"], report["lost"], report["duplicates"]) == (14, 0, 0)
-    assert list(ExcerptFolder(run.folder / "excerpts").files()) == list(range(1, 15))
+    assert (report["steps"], report["lost"], report["duplicates"]) == (20, 0, 0)
+    assert list(ExcerptFolder(run.folder / "excerpts").files()) == list(range(1, 21))
     replayed = run_module("learner", "--replay", str(run.folder)).stdout
-    assert "replayed steps 1 to 14: bit for bit, 14 versions" in replayed
-    manifest = json.loads((run.folder / "checkpoints" / "step-00000014" / "manifest.json").read_text())
+    assert "replayed steps 1 to 20: bit for bit, 20 versions" in replayed
+    manifest = json.loads((run.folder / "checkpoints" / "step-00000020" / "manifest.json").read_text())
     assert replayed.strip().endswith(manifest["parameters_hash"])
 
 
 def test_a_run_with_sharded_parameters_is_bit_for_bit_the_one_that_was_not_killed(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    config = write_simulated_config(tmp_path, tiny_model, num_steps=6)
+    config = write_simulated_config(tmp_path, tiny_model, num_steps=6, tokens_per_s=30.0)
     with LocalRun(config, "learner.zero_stage=3") as run:
         run.wait_until(lambda: run.num_steps_done() >= 4)
-        run.components()["learner"].kill()
+        run.kill("learner")
         run.finish()
+    assert read_summary(run.folder)["incarnations"] == 2
     assert audit(run.folder)["violations"] == []
     replayed = run_module("learner", "--replay", str(run.folder)).stdout
     assert "replayed steps 1 to 6: bit for bit, 6 versions and the parameters of checkpoints [3, 6]" in replayed

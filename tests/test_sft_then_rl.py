@@ -14,7 +14,7 @@ from learner.handover import Handover
 from learner.ledger.ledger import Ledger
 from learner.ranks import Ranks
 from learner.trainer import Trainer
-from tests.runs import LocalRun, audit, import_experts, read_lines, run_module, write_config
+from tests.runs import LocalRun, audit, import_experts, read_lines, read_summary, run_module, write_config
 from tests.steps import CPU, some_rows
 
 SFT_STEPS, NUM_STEPS = 4, 8
@@ -41,12 +41,14 @@ def ledger_rows(folder: Path, query: str) -> list[tuple[object, ...]]:
 @pytest.fixture(scope="module")
 def two_phases(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed in its first phase and again in its second; sft_steps is half of the run."""
-    with LocalRun(write_two_phases(tmp_path_factory.mktemp("two"), tiny_model)) as run:
+    config = write_two_phases(tmp_path_factory.mktemp("two"), tiny_model)
+    slowly = ["expert.rows_per_step=40", "learner.micro_batch_tokens=64", "actor.tokens_per_s=20"]
+    with LocalRun(config, *slowly) as run:
         for reached in (2, SFT_STEPS + 1):
             run.wait_until(lambda reached=reached: run.num_steps_done() >= reached)
-            run.components()["learner"].kill()
-            run.wait_until(lambda reached=reached: run.num_steps_done() > reached)
+            run.kill("learner")
         run.finish()
+    assert read_summary(run.folder)["incarnations"] == 3
     return run.folder
 
 

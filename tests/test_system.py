@@ -44,14 +44,14 @@ def check_record(folder: Path, *, num_steps: int, max_staleness: int = 1) -> Non
 
 
 def test_a_run_trains_evaluates_exports_and_leaves_no_process_behind(tiny_model: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tiny_model, learner={"num_steps": 40}, eval={"every_steps": 20})
+    config = write_config(tmp_path, tiny_model, learner={"num_steps": 80}, eval={"every_steps": 40})
     import_experts(config)
     with LocalRun(config) as run:
         run.wait_until(lambda: len(run.components()) == 4)
         started = list(run.components().values())
         run.finish()
     assert not [process for process in started if psutil.pid_exists(process.pid)]
-    check_record(run.folder, num_steps=40)
+    check_record(run.folder, num_steps=80)
     first = read_lines(run.folder / "metrics.jsonl")[0]
     assert first["num_expert_rows"] == 3
     assert first["mu"] == pytest.approx(0.1)
@@ -67,7 +67,7 @@ def test_killing_an_actor_changes_nothing_but_the_time(tiny_model: Path, tmp_pat
     import_experts(config)
     with LocalRun(config) as run:
         run.wait_until(lambda: run.num_steps_done() >= 1)
-        run.components()["actor-0"].kill()
+        run.kill("actor-0")
         run.finish()
     assert "actor-0 ended with signal SIGKILL: starting it again" in run.output
     check_record(run.folder, num_steps=6)
@@ -81,7 +81,7 @@ def test_a_killed_learner_goes_on_where_it_was(tiny_model: Path, tmp_path: Path)
     import_experts(config)
     with LocalRun(config) as run:
         run.wait_until(lambda: run.num_steps_done() >= 3)
-        run.components()["learner"].kill()
+        run.kill("learner")
         run.finish()
     check_record(run.folder, num_steps=7)
     assert read_summary(run.folder)["incarnations"] == 2
@@ -140,16 +140,15 @@ def test_two_ranks_train_a_run(tiny_model: Path, tmp_path: Path, zero_stage: int
 
 
 def check_excerpts(folder: Path, *, num_steps: int) -> None:
-    """Of an answer that the policy itself sampled, log-probs in training are those in sampling, whoever had it."""
-    num_own = 0
+    """Log-probs in training are those in sampling, whichever rank had the answer: in the first step, as later policies
+    are published in fewer bits than they are trained in."""
     for step in range(1, num_steps + 1):
-        for row in pq.read_table(folder / "excerpts" / f"step-{step:08d}.parquet").to_pylist():
-            policy = np.array(row["policy_logprobs"])
-            assert (policy < 0).any()
-            if row["group_id"] is not None and set(row["versions"]) == {step - 1}:
-                np.testing.assert_allclose(policy, row["behavior_logprobs"], atol=1e-4)
-                num_own += 1
-    assert num_own > 0
+        rows = pq.read_table(folder / "excerpts" / f"step-{step:08d}.parquet").to_pylist()
+        assert all((np.array(row["policy_logprobs"]) < 0).any() for row in rows)
+        sampled = [row for row in rows if row["group_id"] is not None]
+        assert len(sampled) == 4
+        for row in sampled if step == 1 else ():
+            np.testing.assert_allclose(row["policy_logprobs"], row["behavior_logprobs"], atol=1e-4)
 
 
 def test_a_rank_that_meets_a_mistake_ends_the_learner_with_its_line(tiny_model: Path, tmp_path: Path) -> None:
@@ -194,8 +193,12 @@ def test_a_busy_port_is_named_and_every_component_serves_metrics(tiny_model: Pat
     )
     import_experts(config)
     with LocalRun(config) as run:
-        run.wait_until(lambda: run.num_steps_done() >= 1 and len(read_lines(run.folder / "eval.jsonl")) == 1)
-        scraped = {log.stem: scrape(log) for log in sorted((run.folder / "logs").glob("*.log"))}
+        run.wait_until(lambda: run.num_steps_done() >= 1)
+        names = ("learner", "actor-0", "actor-1", "evaluator")
+        logs = {name: run.folder / "logs" / f"{name}.log" for name in names}
+        run.wait_until(lambda: all("metrics: http" in log.read_text() for log in logs.values()))
+        run.wait_until(lambda: scrape(logs["evaluator"])["chord_evaluations_total"] == 1)
+        scraped = {name: scrape(log) for name, log in logs.items()}
         lines = (run.folder / "config.toml").read_text().splitlines()
         port = next(line.replace(" ", "") for line in lines if line.startswith("port = "))
         done = run_module(
@@ -207,10 +210,8 @@ def test_a_busy_port_is_named_and_every_component_serves_metrics(tiny_model: Pat
     assert done.returncode == other.returncode == 2
     assert "network.port: cannot bind" in done.stderr.splitlines()[-1]
     assert "is in use by another learner" in other.stderr.splitlines()[-1]
-    assert scraped.keys() == {"learner", "actor-0", "actor-1", "evaluator"}
     assert scraped["learner"]["chord_learner_step"] >= 1
     assert scraped["actor-0"]["chord_actor_tokens_total"] + scraped["actor-1"]["chord_actor_tokens_total"] > 0
-    assert scraped["evaluator"]["chord_evaluations_total"] == 1
 
 
 def scrape(log: Path) -> dict[str, float]:

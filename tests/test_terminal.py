@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import QUIET, import_experts, read_lines, write_config
+from tests.runs import PATIENCE_S, QUIET, import_experts, read_lines, write_config
 
 ENTER, LEAVE = "\x1b[?1049h", "\x1b[?1049l"
 """The other screen of a terminal."""
@@ -48,7 +48,7 @@ class Terminal:
     def written(self) -> str:
         return self._written.decode(errors="replace")
 
-    def finish(self, limit_s: float = 150) -> str:
+    def finish(self, limit_s: float = PATIENCE_S) -> str:
         try:
             assert self.process.wait(limit_s) == 0, self.written[-3000:]
         finally:
@@ -65,8 +65,8 @@ def rows(frame: str) -> list[str]:
 @pytest.fixture
 def config(tiny_model: Path, tmp_path: Path) -> Path:
     path = write_config(
-        tmp_path, tiny_model, actor={"engine": "simulated"}, learner={"num_steps": 6, "num_threads": 1},
-        eval={"every_steps": 3},
+        tmp_path, tiny_model, actor={"engine": "simulated", "tokens_per_s": 10.0},  # time enough for all to be seen
+        learner={"num_steps": 6, "num_threads": 1}, eval={"every_steps": 3, "num_problems": 4},
     )  # fmt: skip
     import_experts(path)
     return path

@@ -43,12 +43,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     with asyncio.Runner() as runner:
 
         async def begin() -> None:
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(600):
                 await engine.start()
                 await engine.load(snapshot_of(folder, folder / "1.snapshot", step=1))
 
         async def limited(test: Callable[[VllmEngine], Awaitable[Any]]) -> Any:
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(600):
                 return await test(engine)
 
         runner.run(begin())

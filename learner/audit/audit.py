@@ -57,13 +57,16 @@ class Report:
         return not self.violations
 
 
+Lines = list[dict[str, Any]] | str
+"""Those of a file, or what is wrong with it."""
+
+
 @dataclass(frozen=True)
 class Files:
-    """What lies beside the ledger."""
+    """What lies beside the ledger, as it was before that was looked at."""
 
-    metrics: list[dict[str, Any]] | str
-    """The lines, or what is wrong with them."""
-    evaluations: list[dict[str, Any]] | str
+    metrics: Lines
+    evaluations: Lines
     checkpoints: dict[int, str]
 
 
@@ -92,8 +95,8 @@ def _report(run_dir: RunDir, database: Database, files: Files, *, is_over: bool)
     violations = [
         *lost, *twice, *_stale(database, bound), *_leases(database), *_batches(database, history, groups_per_step),
         *_bodies(database, history), *_checkpoint_violations(files.checkpoints, history),
-        *_lines("metrics.jsonl", files.metrics, account.records(), slack),
-        *_lines("eval.jsonl", files.evaluations, account.evaluations(), slack * account.num_evaluated_tasks()),
+        *_lines(run_dir.metrics, files.metrics, account.records(), slack),
+        *_lines(run_dir.evaluations, files.evaluations, account.evaluations(), slack * account.num_evaluated_tasks()),
         *_versions(account, history, Choice.read(database.fact(CHOICE))),
         *_final(run_dir, history, database.fact(EXPORT), is_over=is_over),
     ]  # fmt: skip
@@ -234,14 +237,21 @@ def _checkpoint_violations(checkpoints: dict[int, str], history: History) -> Ite
         yield f"recovery: groups are kept from step {first} on, expected from {needed}, the oldest good checkpoint"
 
 
-def _lines(name: str, lines: list[dict[str, Any]] | str, expected: list[dict[str, Any]], slack: int) -> Iterator[str]:
-    """A file for readers tells what the ledger tells; `slack`: lines that either may be ahead while a run goes on."""
-    if isinstance(lines, str):
-        yield lines
-        return
-    common = min(len(lines), len(expected))
-    if lines[:common] != expected[:common] or abs(len(lines) - len(expected)) > slack:
-        yield f"{name}: its {len(lines)} lines are not the {len(expected)} of the ledger"
+def _lines(path: Path, earlier: Lines, expected: list[dict[str, Any]], slack: int) -> Iterator[str]:
+    """A file for readers tells what the ledger tells, though both grow while a run goes on: it held no more before the
+    ledger was looked at, and holds no less now. `slack`: lines by which either may be ahead of the other."""
+    later = _read(path)
+    for lines, is_in_time in (
+        (earlier, len(earlier) <= len(expected) + slack),
+        (later, len(later) >= len(expected) - slack),
+    ):
+        if isinstance(lines, str):
+            yield lines
+            return
+        common = min(len(lines), len(expected))
+        if lines[:common] != expected[:common] or not is_in_time:
+            yield f"{path.name}: its {len(lines)} lines are not the {len(expected)} of the ledger"
+            return
 
 
 def _versions(account: Account, history: History, choice: Choice | None) -> Iterator[str]:
@@ -270,7 +280,7 @@ def _final(run_dir: RunDir, history: History, exported: str | None, *, is_over: 
         yield f"final: {weights} has hash {found}, expected {expected}, which version {last} was published with"
 
 
-def _read(path: Path) -> list[dict[str, Any]] | str:
+def _read(path: Path) -> Lines:
     if not path.exists():
         return []
     try:

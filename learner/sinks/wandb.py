@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+
 from learner.sinks.sink import Point
 
 PROJECT = "chord-rl"

@@ -64,13 +64,29 @@ class LaggingEngine:
 
 
 class LaggingFitter(actors.fitter.Fitter):
-    """The actor's fitter, in front of an engine that lags."""
+    """The actor's fitter, in front of an engine that lags: it fetches every version that it hears of, one after the
+    other, as one that was skipped could not be served later."""
 
     lag = 0
     first = 0
 
     def __init__(self, engine: Engine, *arguments: Any, **options: Any) -> None:
+        self._heard: list[Version] = []
+        """Those that are still to be fetched, oldest first."""
         super().__init__(LaggingEngine(engine, self.lag, first=self.first), *arguments, **options)
+
+    def want(self, version: Version | None) -> None:
+        newest = self._heard[-1] if self._heard else self._engine.version
+        if version and (newest is None or (version.incarnation, version.step) > (newest.incarnation, newest.step)):
+            self._heard.append(version)
+            super().want(self._heard[0])
+
+    async def fit(self, version: Version) -> None:
+        try:
+            await super().fit(version)
+        finally:
+            self._heard = [other for other in self._heard if other != version]
+            super().want(self._heard[0] if self._heard else None)
 
 
 @app.command()
