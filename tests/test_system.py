@@ -113,21 +113,6 @@ def test_max_staleness_zero_is_exactly_synchronous(tiny_model: Path, tmp_path: P
     check_record(run.folder, num_steps=3, max_staleness=0)
 
 
-def test_sft_needs_no_actor_and_grpo_no_expert(tiny_model: Path, tmp_path: Path) -> None:
-    config = write_config(
-        tmp_path, tiny_model, run={"num_actors": 1}, actor=SIMULATED, eval={"every_steps": 0}, learner={"num_steps": 2}
-    )
-    import_experts(config)
-    with LocalRun(config, "algorithm.preset=sft", f"run.dir={tmp_path / 'run'}") as run:
-        run.finish()
-    assert read_summary(run.folder)["trajectories_trained"] == 0
-    with LocalRun(config, "--fresh", "algorithm.preset=grpo", "expert.path=/nowhere") as run:
-        run.finish()
-    lines = read_lines(run.folder / "metrics.jsonl")
-    assert [line["num_expert_tokens"] for line in lines] == [0, 0]
-    assert read_summary(run.folder)["trajectories_trained"] == 8
-
-
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_ranks_train_a_run(tiny_model: Path, tmp_path: Path, zero_stage: int) -> None:
     ranks = {"num_ranks": 2, "zero_stage": zero_stage, "num_steps": 3, "num_threads": 1, "compute_dtype": "float32"}

@@ -13,6 +13,7 @@ from tiny_model import make_tiny_model, snapshot_of
 from actors.concurrency import FIRST_GROUPS, Concurrency
 from actors.engine import Pressure, SamplingParameters
 from actors.engines.vllm import VllmEngine
+from actors.engines.vllm_pressure import PressureGauge
 from common.config.schema import Actor
 from common.side_port import LibraryMetrics
 
@@ -77,17 +78,21 @@ async def limits_of(engine: VllmEngine, *, num_groups: int, group_size: int, max
     return limits
 
 
-def test_it_tells_how_full_its_kv_cache_is_and_who_waits(run: Run) -> None:
-    async def look(engine: VllmEngine) -> list[Pressure]:
-        """While 16 answers want a block each, of which there are 8."""
-        answers = asyncio.gather(*(engine.sample([7, 8, 9], SamplingParameters(1.0, 60)) for _ in range(16)))
-        seen = list[Pressure]()
-        while not answers.done():
-            await asyncio.sleep(0.005)
-            seen.append(engine.pressure)
-        return seen
+def test_it_tells_how_full_its_kv_cache_is_and_who_waits(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[Pressure]()
+    read = PressureGauge.read
 
-    seen = run(look)
+    def read_and_note(gauge: PressureGauge, *statistics: Any) -> None:
+        read(gauge, *statistics)
+        seen.append(gauge.pressure)
+
+    async def sample(engine: VllmEngine) -> Pressure:
+        """16 answers want a block each, of which there are 8."""
+        await asyncio.gather(*(engine.sample([7, 8, 9], SamplingParameters(1.0, 60)) for _ in range(16)))
+        return engine.pressure
+
+    monkeypatch.setattr(PressureGauge, "read", read_and_note)
+    assert run(sample) == seen[-1]
     assert any(pressure.kv_cache_frac == 1.0 and pressure.waiting_frac == 0.5 for pressure in seen)
     assert seen[-1].kv_cache_frac < 1.0
     assert seen[-1].num_preemptions == 0
