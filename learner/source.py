@@ -8,7 +8,8 @@ next one are read: a batch is cut when its step begins, so the ledger is as it w
 import time
 from collections.abc import Callable, Sequence
 
-from common.config.schema import Config, StalenessPolicy
+from common.config.algorithm import StalenessPolicy
+from common.config.schema import Config
 from common.wait import Wait
 from learner.expert.sampler import draw
 from learner.expert.store import ExpertStore

@@ -19,7 +19,8 @@ class Pitfall:
 STEP, CHORD, POLICY = "learner/train_engine.py", "learner/objective/chord.py", "learner/objective/policy.py"
 IMPORTANCE, ADVANTAGES = "learner/objective/importance.py", "learner/objective/advantages.py"
 HEAD, BATCH, ROWS, SOURCE = "learner/head.py", "learner/batch.py", "learner/rows.py", "learner/source.py"
-STEP_ROWS, SCHEMA, VLLM = "learner/step_rows.py", "common/config/schema.py", "actors/engines/vllm.py"
+STEP_ROWS, SCHEMA, ALGORITHM = "learner/step_rows.py", "common/config/schema.py", "common/config/algorithm.py"
+VLLM = "actors/engines/vllm.py"
 
 PITFALLS = (
     # Wrong denominators.
@@ -176,7 +177,7 @@ PITFALLS = (
         "if False:",
     ),
     Pitfall(
-        "a band that masks on-policy tokens is accepted: every step is SFT-only", SCHEMA,
+        "a band that masks on-policy tokens is accepted: every step is SFT-only", ALGORITHM,
         "if not 0 <= low < 1 < high:",
         "if low > high:",
     ),
@@ -198,7 +199,7 @@ PITFALLS = (
         "if False:",
     ),
     Pitfall(
-        "a decay of 0 from peak to another valley is accepted by the configuration", SCHEMA,
+        "a decay of 0 from peak to another valley is accepted by the configuration", ALGORITHM,
         "if self.mu_target is None and self.mu_decay_steps == 0 and self.mu_peak != self.mu_valley:",
         "if False:",
     ),
@@ -273,7 +274,7 @@ PITFALLS = (
     ),
     # Groups and advantages.
     Pitfall(
-        "K = 1 is accepted by the configuration", SCHEMA,
+        "K = 1 is accepted by the configuration", ALGORITHM,
         "group_size: Annotated[int, Field(ge=2)]",
         "group_size: Annotated[int, Field(ge=1)]",
     ),
@@ -388,7 +389,7 @@ PITFALLS = (
         "return (mask * values).sum(-1, keepdim=True)",
     ),
     Pitfall(
-        "an uncorrected asynchronous run is accepted", SCHEMA,
+        "an uncorrected asynchronous run is accepted", ALGORITHM,
         'if self.correction == "none" and self.max_staleness > 0 and not self.allow_uncorrected:',
         "if False:",
     ),
