@@ -46,8 +46,8 @@ class Manager:
         """What the last process said is void."""
         self.signs = []
 
-    def times(self, key: str) -> list[float]:
-        return [sign.at for sign in self.signs if sign.key == key]
+    def times(self, key: str, *, since: float = 0.0) -> list[float]:
+        return [sign.at for sign in self.signs if sign.key == key and sign.at > since]
 
     def has(self, key: str) -> bool:
         return bool(self.times(key))

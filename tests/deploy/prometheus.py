@@ -61,7 +61,7 @@ class Prometheus:
         values = [float(series["value"][1]) for series in self.get("query", query=expression)["result"]]
         return [value for value in values if not math.isnan(value)]
 
-    def wait_until_ready(self, timeout_s: float = 30) -> None:
+    def wait_until_ready(self, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
         while True:
             try:

@@ -188,13 +188,14 @@ class LabMachine:
 
     def check_signs(self) -> None:
         """Everybody is alive, says what it does, and asks for no more time once it is ready."""
-        time.sleep(3)
         for name, manager in self.managers.items():
             (ready,) = manager.times("READY")
-            signs = [at for at in manager.times("WATCHDOG") if at > ready]
-            assert len(signs) >= 2, f"{name}: {manager.signs}"
+            self.wait_until(
+                lambda manager=manager, ready=ready: len(manager.times("WATCHDOG", since=ready)) >= 2,
+                lambda name=name, manager=manager: f"{name}: {manager.signs}",
+            )
             assert manager.times("EXTEND_TIMEOUT_USEC")
-            assert max(manager.times("EXTEND_TIMEOUT_USEC")) <= ready + 0.5
+            assert len(manager.times("EXTEND_TIMEOUT_USEC", since=ready)) <= 1  # one may have been on its way
             assert manager.status
             assert not manager.has("STOPPING")
 
@@ -271,4 +272,4 @@ def test_a_service_that_ends_early_is_told_of_at_once(machine: LabMachine) -> No
     since = time.monotonic()
     with pytest.raises(AssertionError, match=r"chord-learner\.service ended with 2: (.|\n)*got no such file"):
         machine.do("systemctl start chord-learner")
-    assert time.monotonic() < since + 100  # and not only when nobody waits any more
+    assert time.monotonic() < since + 250  # and not only when nobody waits any more

@@ -29,7 +29,7 @@ def outputs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
             for number, url in enumerate(re.findall(r"metrics: (http://\S+)", log))
         }
         run.stop()
-        run.finish(timeout_s=60)
+        run.finish()
     return texts
 
 

@@ -93,7 +93,7 @@ def answer(pod: Pod, probe: str) -> int:
 
 
 def wait_until(is_reached: Callable[[], bool], log: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not is_reached():
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.2)
@@ -118,7 +118,7 @@ def test_pods_meet_answer_their_probes_and_drain(start: Start, tmp_path: Path) -
     assert sampling.wait(drain_s + LARGEST_GOODBYE_S) == 0
 
     serving.terminate()
-    assert serving.wait(60) == 0, (tmp_path / f"{server.name}.log").read_text()[-3000:]
+    assert serving.wait(180) == 0, (tmp_path / f"{server.name}.log").read_text()[-3000:]
     run = tmp_path / server.name / "var/lib/chord/run"
     assert (run / "checkpoints" / "newest").exists()
     assert (run.parent / "expert.sqlite").read_bytes() == b"a store"
