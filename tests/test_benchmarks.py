@@ -164,7 +164,9 @@ def test_files_in_all_six_layouts_get_the_numbers_that_were_worked_out_by_hand(t
     assert len(saved) == 8 + 2 + 2 + 3 + 2 + 3
     assert [line["is_correct"] for line in saved[:8]] == [True, False, False, False, True, True, False, False]
     assert saved[2] == {
-        "task": "amc", "problem": 0, "sample": 2, "category": "", "gold": "142", "text": "no idea", "reward": 0.0,
+        "task": "amc", "problem": 0, "sample": 2, "category": "",
+        "question": "What is $x+y$?\n\nReason step by step, and put your final answer within \\boxed{}.",
+        "gold": "142", "text": "no idea", "reward": 0.0,
         "is_correct": False, "is_parsed": False, "is_truncated": False, "num_answer_tokens": 0,
     }  # fmt: skip
     code, again, errors = evaluate("--answers", scored, *benchmarks, "--json", "-")
