@@ -325,8 +325,8 @@ def test_another_version_than_the_newest_is_fetched(site: Site, caplog: pytest.L
     assert site.server.sent_bytes > before
 
 
-def test_after_three_failures_in_a_row_all_is_fetched(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    fitter = site.join()
+def test_after_three_failures_in_a_row_all_is_fetched(own_site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site, fitter = own_site, own_site.join()  # the courier waits for each turn as long as one may take
 
     async def fail() -> None:
         raise RuntimeError("no group today")

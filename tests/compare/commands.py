@@ -13,7 +13,7 @@ import psutil
 from common.local.supervisor import QUIET_THREADS
 
 HURRY_S = 2.0
-"""From SIGINT to the second one: what a stopped run would still save is of no use."""
+"""From SIGTERM to the second one: what a stopped run would still save is of no use."""
 STOP_S = 60.0
 """Longest time from there to SIGKILL."""
 
@@ -55,14 +55,17 @@ def started(module: str, *arguments: str, log: Path) -> Iterator[subprocess.Pope
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGINT, another one for at once, and SIGKILL to it and all that it started when STOP_S have passed."""
+    """SIGTERM, another one for at once, and SIGKILL to it and all that it started when STOP_S have passed.
+
+    What was started in the background ignores SIGINT.
+    """
     if process.poll() is not None:
         return
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(HURRY_S)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     try:
         process.wait(STOP_S)
     except subprocess.TimeoutExpired:
