@@ -53,10 +53,10 @@ class Conductor:
         else:
             self._guest = Guest(config, self._ranks.rank, limit_s=longest_wait_s + 2 * learner.step_timeout_s)
             self._ranks.on_meeting = self._guest.meet
-        self._stop_on_signals()
         self._trainer = Trainer(config, self._ranks, device)
         self._checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", keep=learner.keep_checkpoints)
         self._meter = Meter(time.monotonic(), Labour())
+        self._stop_on_signals()  # before, a signal ends a rank at once: it may stand in a call that hears none
 
     def run(self) -> bool:
         """Train to the last step; True where it was reached, False where the run was asked to stop before."""
