@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 FETCH_LIMIT_S = 60.0
 """Longest time in which not a byte more of a dataset comes to lie on the disk."""
 HUB_TIMEOUT_S = 10.0
-"""Longest wait for the hub's first word; where none comes, only what `datasets` has cached can be read."""
+"""Longest wait for the hub's first word; where none comes, or an error of its own, only what `datasets` has cached can be read."""
 EXPECTED_SOURCE = "a .jsonl or .parquet file, a folder of .parquet files, or a dataset id owner/name[:config]"
 _LOOK_S = 0.5
 _CHUNK_BYTES = 1 << 16
@@ -122,14 +123,14 @@ def _load(source: str, split: str) -> Any:
 
 
 def _unreachable(name: str) -> str:
-    """Why the hub cannot be asked for the dataset `name`, empty where it answered: whatever it says, it is there."""
+    """Why the hub cannot be asked for the dataset `name`; empty where it answered, be it with a refusal."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
-    except HfHubHTTPError:
-        return ""
+    except HfHubHTTPError as error:
+        return in_one_line(error) if error.response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR else ""
     except Exception as error:
         return in_one_line(error) or type(error).__name__
     return ""

@@ -141,6 +141,9 @@ def test_a_dataset_that_comes_slowly_is_fetched_whole_and_then_read_without_the_
         assert done.stderr.splitlines()[0] == f"fetching owner/toy (split train) from {hub}"
     again = run_with(hub, tmp_path, "-c", FETCH, "30")
     assert again.stdout == "1200 1199?\n", again.stderr
+    with serving(refusing_hub(503)) as broken:
+        again = run_with(broken, tmp_path, "-c", FETCH, "30")
+    assert again.stdout == "1200 1199?\n", again.stderr
 
 
 @pytest.mark.parametrize("hub", [SilentHub, DrippingHub])
