@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 FETCH_LIMIT_S = 60.0
 """Longest time in which not a byte more of a dataset comes to lie on the disk."""
 HUB_TIMEOUT_S = 10.0
-"""Longest wait for the hub's first word; where none comes, or an error of its own, only what `datasets` has cached can be read."""
+"""Longest wait for the hub's first word; without one, or after an error of its own, only what is cached can be read."""
 EXPECTED_SOURCE = "a .jsonl or .parquet file, a folder of .parquet files, or a dataset id owner/name[:config]"
 _LOOK_S = 0.5
 _CHUNK_BYTES = 1 << 16

@@ -16,6 +16,7 @@ from common.config.schema import Config
 from common.errors import ConfigError, OperatorError
 from common.local.__main__ import require_same_run
 from common.run_dir import RunDir
+from tests.configuration_table import PAGE, page
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 plain_values = st.recursive(
@@ -298,3 +299,7 @@ def test_a_complete_run_of_another_method_is_not_taken_for_this_one(tmp_path: Pa
     }.items():
         with pytest.raises(OperatorError, match=words):
             require_same_run(run_dir, resolve_config(None, [override]).config)
+
+
+def test_the_page_of_all_keys_is_that_of_the_schema() -> None:
+    assert PAGE.read_text() == page(), "run: python -m tests.configuration_table"

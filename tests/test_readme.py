@@ -1,8 +1,10 @@
 """README keeps its word: its example environment is installed and trained on, and what it names exists."""
 
 import re
+import tomllib
 from pathlib import Path
 
+from common.config.load import resolve_config
 from common.config.schema import Config
 from learner.metrics import GAUGES
 from tests.runs import LocalRun, read_lines, write_config
@@ -38,13 +40,22 @@ def test_the_example_environment_trains(tiny_model: Path, tmp_path: Path) -> Non
     packages.mkdir()
     config = write_config(
         tmp_path, tiny_model, run={"num_actors": 1}, algorithm={"preset": "grpo"}, learner={"num_steps": 2},
-        environment={"name": "reverse", "options": {"words": ["stone", "river", "cloud", "ember"]}},
-        eval={"every_steps": 2, "num_problems": 2},
+        **tomllib.loads(code_block('reverse = "my_package:Reverse"', "toml")),
     )  # fmt: skip
     with LocalRun(config, extra_path=install_example(packages)) as run:
         run.finish()
     assert [line["step"] for line in read_lines(run.folder / "metrics.jsonl")] == [1, 2]
     assert read_lines(run.folder / "eval.jsonl")[-1]["task"] == "reverse"
+
+
+def test_the_configuration_of_every_command_line_is_taken() -> None:
+    commands = re.findall(
+        r"^(?:CUDA_\S+ )?chord-(?:local|learner|actor|eval) ([^#\n]*--config my\.toml[^#\n]*)", README, re.M
+    )
+    assert len(commands) >= 6
+    for command in commands:
+        overrides = [word for word in command.split() if "=" in word and not word.startswith("--")]
+        resolve_config(ROOT / "deploy" / "recipes" / "demo.toml", overrides)
 
 
 def test_every_configuration_key_that_readme_names_exists() -> None:

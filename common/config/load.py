@@ -29,11 +29,10 @@ class ResolvedConfig:
 
     def describe(self) -> list[str]:
         """One line per value: `section.key = value  # origin`."""
-        values = self.config.model_dump(mode="json")
         return [
-            f"{section}.{key} = {'unset' if value is None else to_toml(value):<24} # "
+            f"{f'{section}.{key} = ' + ('unset' if value is None else to_toml(value)):<48} # "
             f"{self.origins.get((section, key), 'default')}"
-            for section, keys in values.items()
+            for section, keys in self.config.model_dump(mode="json").items()
             for key, value in keys.items()
         ]
 
@@ -60,7 +59,7 @@ def to_toml(value: Any) -> str:
     """A TOML literal of a plain value; None becomes an empty string, which TOML lacks a word for."""
     if isinstance(value, dict):
         entries = cast("dict[str, Any]", value).items()
-        return "{ " + ", ".join(f"{to_toml(key)} = {to_toml(item)}" for key, item in entries) + " }"
+        return "{ " + ", ".join(f"{to_toml(key)} = {to_toml(item)}" for key, item in entries) + " }" if value else "{}"
     if isinstance(value, list):
         return "[" + ", ".join(to_toml(item) for item in cast("list[Any]", value)) + "]"
     if isinstance(value, float) and not math.isfinite(value):
