@@ -87,12 +87,15 @@ class Fitter:
         """Duration of the last fetch and of the last load."""
 
     def want(self, version: Version | None) -> None:
-        """Note the newest version; within a run the order of versions is incarnation, then step."""
-        if version is None:
-            return
+        """Note the newest version; within a run the order of versions is incarnation, then step.
+
+        Of two of one step the later word counts: the one may take the other's place (`Conductor._hand_over`).
+        """
         wanted = self._wanted
+        if version is None or version == wanted:
+            return
         is_other_run = wanted is None or wanted.run_id != version.run_id
-        if is_other_run or (version.incarnation, version.step) > (wanted.incarnation, wanted.step):
+        if is_other_run or (version.incarnation, version.step) >= (wanted.incarnation, wanted.step):
             self._wanted = version
             self._has_news.set()
 

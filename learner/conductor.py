@@ -7,7 +7,7 @@ for rank 0.
 import logging
 import signal
 import time
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 from common.config.schema import Config
@@ -16,6 +16,7 @@ from learner.final import EXPORT, export_policy
 from learner.guest import Guest
 from learner.handover import kept_policy, require_kept_policy
 from learner.host import Host
+from learner.meter import Meter
 from learner.peers import Labour
 from learner.ranks import Ranks
 from learner.recorder import describe_bias, describe_groups
@@ -29,15 +30,6 @@ BIAS_STEPS = 64
 """What was sampled is compared with what was trained over the groups of so many steps."""
 
 
-@dataclass(frozen=True)
-class Meter:
-    """Read at the end of every step; what lies between two readings is a step, from one optimizer step to the next."""
-
-    time: float
-    labour: Labour
-    """Of all actors."""
-
-
 class Conductor:
     """One rank of the learner, from start to end."""
 
@@ -49,7 +41,7 @@ class Conductor:
         self._ranks = Ranks(device, timeout_s=longest_wait_s + learner.step_timeout_s)
         self._host = self._guest = None
         if self._ranks.is_first:
-            self._host = Host(config)
+            self._host = Host(config, on_wait=self._ranks.say_not_yet)
         else:
             self._guest = Guest(config, self._ranks.rank, limit_s=longest_wait_s + 2 * learner.step_timeout_s)
             self._ranks.on_meeting = self._guest.meet
@@ -72,7 +64,9 @@ class Conductor:
             step += 1
             is_handover = step == self._config.sft_steps and step < last
             if is_handover:
-                self._hand_over(step)
+                if not self._hand_over(step):
+                    saved = step  # a checkpoint of this step would say that the handover is over
+                    break
             else:
                 self._publish(step)
             if is_handover or step % self._config.learner.checkpoint_every_steps == 0:
@@ -131,8 +125,11 @@ class Conductor:
         except Stopped:
             return None
 
-    def _hand_over(self, step: int) -> None:
-        """Supervised fine-tuning is over: its last policy, or its best, goes on as version `step`."""
+    def _hand_over(self, step: int) -> bool:
+        """Supervised fine-tuning is over: its last policy, or its best, goes on as version `step`.
+
+        False where the run was asked to stop before one was chosen.
+        """
         chosen = -1
         if self._host:
             self._host.inbox.grants_leases = False  # the last policy of this phase may not be the one that goes on
@@ -141,12 +138,16 @@ class Conductor:
         if is_new:
             self._publish(step)
         if self._host:
-            chosen = self._host.choose_policy(self._host.publisher.settle()) if is_new else chosen
-            require_kept_policy(self._config, chosen, self._host.ledger.history.version_hashes())
+            with suppress(Stopped):
+                chosen = self._host.choose_policy(self._host.publisher.settle()) if is_new else chosen
+                require_kept_policy(self._config, chosen, self._host.ledger.history.version_hashes())
         chosen = int(self._ranks.share_number(chosen))
+        if chosen < 0:
+            return False
         self._trainer.begin_anew(kept_policy(self._config, chosen))
         if not (is_new and chosen == step):
             self._publish(step, replaces=True)
+        return True
 
     def _publish(self, step: int, *, replaces: bool = False) -> None:
         """Make version `step` of the policy, beside what comes next; `replaces`: it may have been another policy."""
@@ -207,7 +208,6 @@ class Conductor:
         assert host
         step, report, train_s, waited_s = rows.composition.step, taken.report, taken.train_s, host.source.waited_s
         meter = Meter(time.monotonic(), host.inbox.peers.labour)
-        step_s, labour = max(meter.time - self._meter.time, 1e-9), meter.labour.since(self._meter.labour)
         actor_ids = host.ledger.history.actor_ids(rows.composition.group_ids)
         host.excerpts.add(rows, taken.logprobs, actor_ids)
         host.recorder.add_step(
@@ -222,13 +222,8 @@ class Conductor:
                 "wait_s": waited_s,
                 "train_s": train_s,
                 "publish_s": self._publish_s,
-                "step_s": step_s,
                 "learner_tokens_per_s": (report.num_policy_tokens + report.num_expert_tokens) / train_s,
-                "actor_tokens_per_s": labour.sampled_tokens / step_s,
-                "learner_wait_frac": waited_s / step_s,
-                "actor_served_s": labour.served_s,
-                "actor_idle_s": labour.idle_s,
-                "actor_idle_frac": labour.idle_frac,
+                **meter.since(self._meter, waited_s=waited_s),
                 "weight_bytes_sent": host.server.sent_bytes,
                 "trajectory_bytes_received": host.inbox.received_bytes,
             }

@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,10 @@ FAREWELL_S = 15.0
 class Host:
     """Everything that only rank 0 has. Ports are bound before a model is loaded, so that a busy one is told at once."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, on_wait: Callable[[], None]) -> None:
+        """`on_wait` is called all through a wait for groups."""
         self._config = config
+        self._on_wait = on_wait
         self.run_dir = RunDir(Path(config.run.dir))
         self.run_dir.create()
         self._lock = self.run_dir.lock()
@@ -83,7 +86,7 @@ class Host:
         self._open_network(chat)
         reader = StepReader(config, self.ledger.history, experts, chat)
         self.source = Source(
-            config, self.ledger, experts, reader, describe_peers=self.inbox.peers.describe, check=self.check_for_end
+            config, self.ledger, experts, reader, describe_peers=self.inbox.peers.describe, check=self._check_wait
         )
         self.checkpoints = Checkpoints(self.run_dir.checkpoints, keep=1)  # only looked at
         self._board = StatusBoard(self.run_dir.status, self._status)
@@ -248,6 +251,10 @@ class Host:
         self.publisher.check()
         if self.is_stopping.is_set():
             raise Stopped
+
+    def _check_wait(self) -> None:
+        self.check_for_end()
+        self._on_wait()
 
     def wait_for_evaluations(self) -> None:
         """Wait until no evaluation is owed, within the configured limit."""

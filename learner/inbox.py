@@ -280,10 +280,10 @@ class Inbox:
         return Receipt(outcome=outcome, reason=reason)
 
     def _group_limits(self) -> GroupLimits:
+        """After a restart groups come back before a version is announced: they are as old as the steps on record."""
         newest = self._newest()
-        return GroupLimits(
-            self._vocab_size, self._terms.group_size, newest.step if newest else 0, self._door.max_message_bytes
-        )
+        max_version = newest.step if newest else self._ledger.history.num_batches()
+        return GroupLimits(self._vocab_size, self._terms.group_size, max_version, self._door.max_message_bytes)
 
     def _refuse_group(self, peer: Peer, error: WireError) -> Message:
         self._listener.refuse("group", f"{peer.peer_id}: {error}")

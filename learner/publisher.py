@@ -265,6 +265,8 @@ class Publisher:
         return outcome
 
     def _is_due(self, step: int) -> bool:
+        if step in self.owed_steps:  # of an earlier start, and made again
+            return True
         if self._every_steps == 0:
             return False
         if step in (0, *self._last_steps):

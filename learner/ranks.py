@@ -1,6 +1,8 @@
 """The learner's ranks: one process each. Rank 0 hosts ledger, inbox and publisher, and deals the others their share."""
 
+import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import timedelta
@@ -10,6 +12,11 @@ import torch
 import torch.distributed as dist
 
 from learner.batch import TrainBatch
+
+NOT_YET = math.inf
+"""In the place of a number that rank 0 does not know yet."""
+NOT_YET_S = 2.0
+"""Between two of them."""
 
 
 class Ranks:
@@ -30,6 +37,7 @@ class Ranks:
         self.rank = dist.get_rank()
         self.count = dist.get_world_size()
         self._control = dist.new_group(backend="gloo", timeout=timeout)
+        self._said_at = time.monotonic()
         self.on_meeting: Callable[[], None] = lambda: None
         """Called when this rank has heard from the others."""
 
@@ -50,9 +58,20 @@ class Ranks:
                 dist.all_reduce(tensor)
 
     def share_number(self, number: float | None) -> float:
-        """Rank 0's number, on every rank; float64."""
-        shared = torch.tensor([number or 0], dtype=torch.float64)
+        """Rank 0's number, on every rank; float64, finite. The others wait on for as long as rank 0 says "not yet"."""
+        while (shared := self._broadcast(number or 0)) == NOT_YET:
+            pass
+        return shared
+
+    def say_not_yet(self) -> None:
+        """Called all through a wait of rank 0, while the others wait for its number: their limit begins anew."""
+        if self.count > 1 and time.monotonic() - self._said_at > NOT_YET_S:
+            self._broadcast(NOT_YET)
+
+    def _broadcast(self, number: float) -> float:
+        shared = torch.tensor([number], dtype=torch.float64)
         dist.broadcast(shared, src=0, group=self._control)
+        self._said_at = time.monotonic()
         self.on_meeting()
         return float(shared)
 

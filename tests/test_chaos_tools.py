@@ -20,6 +20,7 @@ from tests.chaos.schedule import COUNTS
 from tests.chaos.shim import Kind, Shim
 from tests.chaos.siege import besiege
 from tests.chaos.site import Site
+from tests.installed import install_environment
 from tests.runs import LocalRun, audit, write_config
 
 FAR = "127.0.0.9"
@@ -331,12 +332,7 @@ class Sticky(SingleTurn):
 
 
 def test_an_actor_whose_event_loop_is_stuck_says_so_and_is_started_again(tiny_model: Path, tmp_path: Path) -> None:
-    packages = tmp_path / "packages"
-    metadata = packages / "sticky-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (packages / "sticky.py").write_text(STUCK)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: sticky\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[chord_rl.environments]\nsticky = sticky:Sticky\n")
+    packages = install_environment(tmp_path / "packages", STUCK, "sticky = my_package:Sticky")
     config = write_config(
         tmp_path, tiny_model, run={"num_actors": 1, "watchdog_s": 4.0}, algorithm={"preset": "grpo"},
         learner={"num_steps": 1}, environment={"name": "sticky", "options": {"mark": str(tmp_path / "mark")}},

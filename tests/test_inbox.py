@@ -50,6 +50,7 @@ from common.wire.ports import free_ports
 from common.wire.sockets import SocketLimits, open_socket
 from learner.inbox import Inbox, LeaseTerms
 from learner.ledger.account import GroupCounts
+from learner.ledger.history import Composition
 from learner.ledger.ledger import Ledger
 from learner.reception import Door
 from tests.runs import files_of_at_most
@@ -75,7 +76,9 @@ class Learner:
         silence_s: float = SILENCE_S,
     ) -> None:
         self.ledger = Ledger(folder / "ledger.sqlite", groups_per_step=4, max_staleness=0)
-        self.newest = Version(run_id=self.ledger.run_id, incarnation=self.ledger.incarnation, step=0, hash="ab" * 16)
+        self.newest: Version | None = Version(
+            run_id=self.ledger.run_id, incarnation=self.ledger.incarnation, step=0, hash="ab" * 16
+        )
         self.evaluations: list[EvaluationResult] = []
         self._context: zmq.Context[Any] = zmq.Context()
         self.keys = ServerKeys(self._context, str(keys)) if keys else None
@@ -146,8 +149,8 @@ class Peer:
         assert isinstance(reply, Work), reply
         return reply.leases
 
-    def deliver(self, lease: Lease, seed: int = 0) -> Receipt:
-        group = make_group(lease.lease_id, seed)
+    def deliver(self, lease: Lease, seed: int = 0, *, version: int = 0) -> Receipt:
+        group = make_group(lease.lease_id, seed, version=version)
         reply = self.ask(group_header(group), group_frames(group))
         assert isinstance(reply, Receipt), reply
         return reply
@@ -162,12 +165,12 @@ def work_request(serving: Version | None, *, capacity: int, held: Sequence[Lease
     return WorkRequest(state=ActorState.SERVING, capacity=capacity, serving=serving, held=lease_ids)
 
 
-def make_group(lease_id: str, seed: int = 0, *, num_answer_tokens: int = 3) -> TrajectoryGroup:
+def make_group(lease_id: str, seed: int = 0, *, num_answer_tokens: int = 3, version: int = 0) -> TrajectoryGroup:
     """Two answers to a prompt of two tokens."""
     tokens = np.random.default_rng(seed).integers(0, 100, 2 + num_answer_tokens).astype(np.int32)
     sampled = np.array([False] * 2 + [True] * num_answer_tokens)
     logprobs, mask = np.where(sampled, -0.5, 0).astype(np.float32), sampled.astype(np.float32)
-    versions = np.where(sampled, 0, NOT_SAMPLED).astype(np.int32)
+    versions = np.where(sampled, version, NOT_SAMPLED).astype(np.int32)
     trajectory = Trajectory(tokens, logprobs, mask, versions, reward=1.0, is_truncated=False)
     return TrajectoryGroup(lease_id, 2, (trajectory, trajectory))
 
@@ -740,6 +743,22 @@ def test_a_link_without_a_learner_names_whom_and_what_it_waited_for(start: Calla
     learner = start()
     learner.close()
     asyncio.run(wait_in_vain(learner.port))
+
+
+def test_a_group_that_comes_back_before_a_version_is_announced_is_taken_and_one_of_the_future_is_not(
+    start: Callable[..., Learner], meet: Callable[..., Peer]
+) -> None:
+    learner = start()
+    peer = meet(learner)
+    peer.join()
+    first, second = peer.work(capacity=2)
+    for step in range(5):
+        learner.ledger.commit_batch(Composition(step, (), (), 0))
+    learner.newest = None  # as after a restart, while version 5 is still written
+    assert peer.deliver(first, version=5).outcome is Outcome.COMMITTED
+    refused = peer.deliver(second, version=6)
+    assert refused.outcome is Outcome.REFUSED
+    assert "versions" in refused.reason
 
 
 def test_results_of_a_history_that_was_left_behind_are_late_not_hostile(

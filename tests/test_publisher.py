@@ -84,6 +84,19 @@ def test_a_replayed_version_is_not_announced_and_kept_only_where_it_is_to_be_eva
     assert start.publisher.has_published(start.publisher.newest)
 
 
+def test_an_evaluation_owed_from_an_earlier_start_is_not_left_out_when_its_version_is_made_again(start: Start) -> None:
+    for step in (0, 2, 4):
+        start.publish(step, float(step))
+    start.close()
+    again = Start(start.folder)
+    try:
+        again.publish(2, 2.0, is_announced=False)
+        assert again.publisher.owed_steps == [0, 2, 4]
+        assert again.files() == ["00000000", "00000002", "00000004"]
+    finally:
+        again.close()
+
+
 def test_a_start_from_other_weights_than_the_run_had_is_refused(start: Start) -> None:
     start.publish(0, 0.0)
     start.close()

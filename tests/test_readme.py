@@ -7,6 +7,7 @@ from pathlib import Path
 from common.config.load import resolve_config
 from common.config.schema import Config
 from learner.metrics import GAUGES
+from tests.installed import install_environment
 from tests.runs import LocalRun, read_lines, write_config
 
 ROOT = Path(__file__).parents[1]
@@ -21,28 +22,21 @@ def code_block(marker: str, language: str) -> str:
 
 
 def install_example(folder: Path) -> Path:
-    """The example as an installed package: a module, and the metadata that pip would write for its entry point."""
+    """The example as an installed package."""
     example = code_block("<!-- example:", "python")
     assert (
         len([line for line in example.splitlines() if line.strip() and not line.startswith(("from", "import"))]) <= 10
     )
-    (folder / "my_package.py").write_text(example)
-    metadata = folder / "my_package-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
     entry = code_block("Offer it from any installed package", "toml").splitlines()[-1].replace('"', "")
-    (metadata / "entry_points.txt").write_text(f"[chord_rl.environments]\n{entry}\n")
-    return folder
+    return install_environment(folder, example, entry)
 
 
 def test_the_example_environment_trains(tiny_model: Path, tmp_path: Path) -> None:
-    packages = tmp_path / "packages"
-    packages.mkdir()
     config = write_config(
         tmp_path, tiny_model, run={"num_actors": 1}, algorithm={"preset": "grpo"}, learner={"num_steps": 2},
         **tomllib.loads(code_block('reverse = "my_package:Reverse"', "toml")),
     )  # fmt: skip
-    with LocalRun(config, extra_path=install_example(packages)) as run:
+    with LocalRun(config, extra_path=install_example(tmp_path / "packages")) as run:
         run.finish()
     assert [line["step"] for line in read_lines(run.folder / "metrics.jsonl")] == [1, 2]
     assert read_lines(run.folder / "eval.jsonl")[-1]["task"] == "reverse"

@@ -1,7 +1,11 @@
 """SFT-then-RL in one run: what becomes of optimizer, lr, version and leases where the one ends and the other begins."""
 
 import json
+import os
 import sqlite3
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,15 +18,27 @@ from learner.handover import Handover
 from learner.ledger.ledger import Ledger
 from learner.ranks import Ranks
 from learner.trainer import Trainer
-from tests.runs import LocalRun, audit, import_experts, read_lines, read_summary, run_module, write_config
+from tests.installed import install_environment
+from tests.runs import (
+    PATIENCE_S,
+    QUIET,
+    LocalRun,
+    audit,
+    import_experts,
+    read_lines,
+    read_summary,
+    run_module,
+    write_config,
+)
 from tests.steps import CPU, some_rows
 
-SFT_STEPS, NUM_STEPS = 4, 8
+SFT_STEPS, NUM_STEPS, NUM_PROBLEMS = 4, 8, 4
 
 
 def write_two_phases(folder: Path, model: Path, **algorithm: object) -> Path:
     config = write_config(
-        folder, model, run={"num_actors": 1}, actor={"engine": "simulated"}, eval={"every_steps": 2, "num_problems": 4},
+        folder, model, run={"num_actors": 1}, actor={"engine": "simulated"},
+        eval={"every_steps": 2, "num_problems": NUM_PROBLEMS},
         algorithm={"preset": "sft_then_rl", "max_staleness": 1, **algorithm},
         learner={
             "num_steps": NUM_STEPS, "checkpoint_every_steps": 3, "keep_arrivals": True, "num_threads": 1,
@@ -112,6 +128,64 @@ def test_the_second_phase_begins_with_a_new_optimizer_on_the_published_weights(
     in_one_run = after(weights, num_earlier_steps=SFT_STEPS)
     assert in_one_run == after(weights, num_earlier_steps=0)
     assert in_one_run != after(None, num_earlier_steps=SFT_STEPS)
+
+
+def start_learner_and_stop_it_in(phase: str, config: Path, *overrides: str, packages: Path) -> tuple[int, str]:
+    """Its exit code and what it said."""
+    path = os.pathsep.join([str(packages), os.getcwd()])
+    command = [sys.executable, "-m", "learner", "--config", str(config), *overrides]
+    learner = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, **QUIET, "PYTHONPATH": path}
+    )
+    try:
+        status, deadline = config.parent / "run" / "status.json", time.monotonic() + PATIENCE_S
+        while not (status.exists() and json.loads(status.read_text())["phase"] == phase):
+            assert time.monotonic() < deadline
+            assert learner.poll() is None
+            time.sleep(0.1)
+        learner.terminate()
+        said = learner.communicate(timeout=PATIENCE_S)[1]
+    finally:
+        learner.kill()
+    return learner.returncode, said
+
+
+FADING = f"""
+from actors.environment import SingleTurn
+from common.chat import ChatMessage
+
+class Fading(SingleTurn):
+    "Its held-out answers are right until versions 0 and {SFT_STEPS // 2} have been scored, whatever they say."
+    num_scored = 0
+
+    def __init__(self, *, seed, **options):
+        pass
+
+    def task(self, split, index):
+        return split, [ChatMessage(role="user", content=f"{{split}} {{index}}")]
+
+    def score(self, task, text):
+        self.num_scored += task == "held_out"
+        return float(self.num_scored <= 2 * {NUM_PROBLEMS})
+"""
+
+
+def test_a_best_policy_that_is_not_the_last_goes_on_though_the_run_was_stopped_while_it_was_chosen(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = write_two_phases(tmp_path, tiny_model, sft_ends_with="best")
+    packages = install_environment(tmp_path / "packages", FADING, "fading = my_package:Fading")
+    returncode, said = start_learner_and_stop_it_in("evaluating", config, "environment.name=fading", packages=packages)
+    assert returncode == 0, said
+    assert "Traceback" not in said
+    with LocalRun(config, "environment.name=fading", extra_path=packages) as run:
+        run.finish()
+    evaluated = {line["step"]: line["accuracy"] for line in read_lines(run.folder / "eval.jsonl")}
+    assert evaluated == {0: 1.0, 2: 1.0, 4: 0.0, 6: 0.0, 8: 0.0}
+    hashes = dict(ledger_rows(run.folder, "SELECT step, hash FROM versions"))
+    assert hashes[SFT_STEPS] == hashes[SFT_STEPS // 2]
+    assert read_summary(run.folder)["groups_trained"] == 2 * (NUM_STEPS - SFT_STEPS)
+    assert audit(run.folder)["violations"] == []
 
 
 def test_the_best_policy_goes_on_where_that_is_wanted(tiny_model: Path, tmp_path: Path) -> None:
