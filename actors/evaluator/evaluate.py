@@ -62,8 +62,8 @@ class Evaluation:
         self._keep = keep
 
     async def run(self) -> tuple[TaskScore, ...]:
-        """The score of each task. Raises SamplingFailed where the engine gives no answer, OperatorError where a
-        prompt does not fit, and what the environment raises."""
+        """The score of each task. Raises SamplingFailed where the engine gives no answer, WaitTimeout where the
+        environment gives none, OperatorError where a prompt does not fit, and what the environment raises."""
         return tuple([await self._score(task) for task in self._plan.tasks])
 
     async def _score(self, task: EvaluationTask) -> TaskScore:
