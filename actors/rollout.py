@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 
@@ -98,9 +99,9 @@ class Rollout:
         """One episode to its end."""
         opening = await begin_in_time(episode, limit_s=self._score_timeout_s)
         prompt = self._chat.prompt_tokens(opening)
-        tape, reward = Tape(prompt), 0.0
+        tape, reward, turns = Tape(prompt), 0.0, count()
         while True:
-            answer = await self._sample(tape.tokens, sampling)
+            answer = await self._sample(tape.tokens, sampling.of_turn(next(turns)))
             tape.write(answer)
             text = self._chat.text(answer.tokens.tolist())
             is_truncated = answer.finish is FinishReason.LENGTH

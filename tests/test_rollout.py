@@ -1,17 +1,30 @@
-"""Rollouts: how long an environment may take over an answer."""
+"""Rollouts: how long an environment may take over an answer, and what each turn of an episode is sampled with."""
 
 import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
-from actors.environment import SingleTurn, Turn, answer_in_time
-from common.chat import ChatMessage
+from actors.engine import Answer, FinishReason, Pressure, SamplingParameters
+from actors.environment import Episode, SingleTurn, Turn, answer_in_time
+from actors.guard import EngineGuard
+from actors.rollout import Rollout
+from common.chat import Chat, ChatMessage
+from common.config.schema import Actor
 from common.errors import WaitTimeout
 from common.problems import Split
+from common.version import Version
 from common.wait import wait_for
+from common.weights.snapshot import Snapshot
+from common.wire.messages import Lease
+
+NUM_TURNS = 3
+LIMITS = Actor(max_model_tokens=256)  # pyright: ignore[reportCallIssue]
 
 
 class Sleepy(SingleTurn[int]):
@@ -121,3 +134,76 @@ def test_the_limit_of_an_answer_counts_from_its_own_judging_and_in_line_from_the
     began, ended = asyncio.run(run())
     assert began <= episode.counted_from(60.0) <= ended  # pyright: ignore
     assert began + 60 <= behind.counted_from(60.0) <= ended + 60  # pyright: ignore
+
+
+class Talk:
+    """An environment that asks again until it has had three answers."""
+
+    full_reward = 1.0
+
+    def episode(self, split: Split, index: int) -> Episode:
+        return TalkEpisode()
+
+
+class TalkEpisode:
+    category = ""
+
+    def __init__(self) -> None:
+        self._num_answers = 0
+
+    async def begin(self) -> Sequence[ChatMessage]:
+        return [ChatMessage(role="user", content="Say something.")]
+
+    async def answer(self, text: str, *, is_truncated: bool) -> Turn:
+        self._num_answers += 1
+        again = (ChatMessage(role="user", content="And now?"),)
+        return Turn(0.0, again if self._num_answers < NUM_TURNS else ())
+
+
+class NotingEngine:
+    """Says one token, and notes the seed that it was asked with."""
+
+    name = "noting"
+    version: Version | None = None
+    num_running = 0
+    pressure = Pressure()
+
+    def __init__(self) -> None:
+        self.seeds: list[int | None] = []
+
+    async def start(self) -> None: ...
+
+    async def load(self, snapshot: Snapshot, *, in_flight: bool = True) -> None: ...
+
+    async def sample(self, prompt: Sequence[int], sampling: SamplingParameters) -> Answer:
+        self.seeds.append(sampling.seed)
+        return Answer(np.ones(1, np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32), FinishReason.STOP)
+
+    async def probe(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+def rollout_with(engine: NotingEngine, model: Path) -> Rollout:
+    return Rollout(EngineGuard(engine, LIMITS, CollectorRegistry()), Talk(), Chat(model), LIMITS)
+
+
+def seeds_of_a_group(model: Path) -> list[int | None]:
+    engine = NotingEngine()
+    lease = Lease(lease_id="a", prompt_index=0, group_size=4, temperature=1.0, max_tokens=8, seed=2**53 - 4)
+    asyncio.run(rollout_with(engine, model).group(lease))
+    return engine.seeds
+
+
+def test_no_two_turns_of_a_group_have_a_seed_in_common_and_a_repetition_has_the_same_ones(tiny_model: Path) -> None:
+    seeds = seeds_of_a_group(tiny_model)
+    assert len(set(seeds)) == len(seeds) == 4 * NUM_TURNS
+    assert set(seeds) >= {2**53 - 4 + k for k in range(4)}, "expected the lease's own seeds for first turns"
+    assert sorted(map(str, seeds_of_a_group(tiny_model))) == sorted(map(str, seeds))
+
+
+def test_without_a_seed_no_turn_has_one(tiny_model: Path) -> None:
+    engine = NotingEngine()
+    rollout = rollout_with(engine, tiny_model)
+    asyncio.run(rollout.episode(TalkEpisode(), SamplingParameters(temperature=1.0, max_tokens=8)))
+    assert engine.seeds == [None] * NUM_TURNS
