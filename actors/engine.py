@@ -1,7 +1,8 @@
 """What an actor needs of an inference engine: sample answers, load weights in flight, say which version it serves."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 
 from common.version import Version
 from common.weights.snapshot import Snapshot
+
+SEED_BYTES = 6
+"""Seeds below 2^48: every engine takes them."""
 
 
 class EngineDead(Exception):
@@ -36,6 +40,19 @@ class SamplingParameters:
     """Sample from the likeliest tokens that make up this share of probability; 1 is all of them."""
     top_k: int = 0
     """Sample from so many likeliest tokens, before top_p is applied; 0 is all of them."""
+
+    def of_turn(self, turn: int) -> "SamplingParameters":
+        """Of an episode's turn, from 0, whose seed is the episode's own. An engine begins its draws anew with each
+        answer, so turns that had one seed would repeat the first one's."""
+        if turn == 0 or self.seed is None:
+            return self
+        return replace(self, seed=seed_from(self.seed, "turn", turn))
+
+
+def seed_from(*parts: int | str) -> int:
+    """The same one for the same parts, and another for others."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=SEED_BYTES).digest()
+    return int.from_bytes(digest)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,9 @@ configuration's `environment.options`.
 
 import asyncio
 import inspect
+import math
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +20,25 @@ from common.chat import ChatMessage
 from common.environments import find_environment
 from common.errors import ConfigError
 from common.problems import Split
+from common.wait import wait_for
 
 Task = TypeVar("Task")
 
-SCORER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
-"""Scores one answer after another: scorers need not be safe between threads, nor hold up an actor's other work."""
+ENVIRONMENT = "the environment"
+"""Whom a wait for it names."""
+
+
+class Scorer:
+    """Scores one answer after another: scorers need not be safe between threads, nor hold up an actor's other work."""
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
+        self.begun_s = -math.inf
+        """When it began with the answer that it judges, or judged last, on the monotonic clock."""
+
+
+SCORER = Scorer()
+"""The one of this process."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +119,42 @@ class SingleTurnEpisode:
         self._environment = environment
         self._task = task
         self._messages = messages
+        self._begun_s: float | None = None
         self.category: str = environment.category(task)
 
     async def begin(self) -> Sequence[ChatMessage]:
         return self._messages
 
     async def answer(self, text: str, *, is_truncated: bool) -> Turn:
-        judge = partial(self._environment.judge, self._task, text, is_truncated=is_truncated)
-        judgement = await asyncio.get_running_loop().run_in_executor(SCORER, judge)
+        judge = partial(self._judge, text, is_truncated=is_truncated)
+        judgement = await asyncio.get_running_loop().run_in_executor(SCORER.thread, judge)
         return Turn(judgement.reward, is_parsed=judgement.is_parsed)
+
+    def _judge(self, text: str, *, is_truncated: bool) -> Judgement:
+        """In the scorer's thread."""
+        self._begun_s = SCORER.begun_s = time.monotonic()
+        return self._environment.judge(self._task, text, is_truncated=is_truncated)
+
+    def counted_from(self, limit_s: float) -> float:
+        """The moment from which `limit_s` counts, on the monotonic clock: when the judging of its answer began, or,
+        until it has, when the limit of the answer that the scorer has at hand is over.
+
+        So an answer that is given up costs those behind it nothing, unless the scorer does not come back from it.
+        """
+        return SCORER.begun_s + limit_s if self._begun_s is None else self._begun_s
+
+
+async def begin_in_time(episode: Episode, *, limit_s: float) -> Sequence[ChatMessage]:
+    """The opening conversation. Raises WaitTimeout where it takes longer."""
+    return await wait_for(episode.begin(), "a prompt", whom=ENVIRONMENT, limit_s=limit_s, is_quiet=True)
+
+
+async def answer_in_time(episode: Episode, text: str, *, is_truncated: bool, limit_s: float) -> Turn:
+    """What the environment says to an answer. Raises WaitTimeout where it takes longer; waiting in the scorer's line
+    does not count, as long as the scorer gets on."""
+    since = partial(episode.counted_from, limit_s) if isinstance(episode, SingleTurnEpisode) else None
+    answering = episode.answer(text, is_truncated=is_truncated)
+    return await wait_for(answering, "a score", whom=ENVIRONMENT, limit_s=limit_s, is_quiet=True, since=since)
 
 
 def make_environment(name: str, *, seed: int, options: dict[str, Any]) -> Environment:

@@ -2,22 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from itertools import count
 
 import numpy as np
 
 from actors.engine import Answer, FinishReason, SamplingParameters
-from actors.environment import Environment, Episode
+from actors.environment import Environment, Episode, answer_in_time, begin_in_time
 from actors.guard import EngineGuard
 from common.chat import Chat
 from common.config.schema import Actor
 from common.trajectory import NOT_SAMPLED, Trajectory, TrajectoryGroup
-from common.wait import wait_for
 from common.wire.messages import Lease
-
-Reply = TypeVar("Reply")
 
 
 class PromptTooLong(Exception):
@@ -101,15 +97,15 @@ class Rollout:
 
     async def episode(self, episode: Episode, sampling: SamplingParameters) -> Attempt:
         """One episode to its end."""
-        opening = await self._from_environment(episode.begin(), "a prompt")
+        opening = await begin_in_time(episode, limit_s=self._score_timeout_s)
         prompt = self._chat.prompt_tokens(opening)
-        tape, reward = Tape(prompt), 0.0
+        tape, reward, turns = Tape(prompt), 0.0, count()
         while True:
-            answer = await self._sample(tape.tokens, sampling)
+            answer = await self._sample(tape.tokens, sampling.of_turn(next(turns)))
             tape.write(answer)
             text = self._chat.text(answer.tokens.tolist())
             is_truncated = answer.finish is FinishReason.LENGTH
-            turn = await self._from_environment(episode.answer(text, is_truncated=is_truncated), "a score")
+            turn = await answer_in_time(episode, text, is_truncated=is_truncated, limit_s=self._score_timeout_s)
             reward += turn.reward
             is_over = is_truncated or not turn.messages
             if not is_over:
@@ -127,6 +123,3 @@ class Rollout:
                 f"({self._max_model_tokens})"
             )
         return await self._guard.sample(list(tokens), replace(sampling, max_tokens=min(sampling.max_tokens, room)))
-
-    async def _from_environment(self, awaited: Awaitable[Reply], phase: str) -> Reply:
-        return await wait_for(awaited, phase, whom="the environment", limit_s=self._score_timeout_s, is_quiet=True)

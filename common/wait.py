@@ -34,6 +34,10 @@ class Wait:
         """Something came: the limit counts from now."""
         self._since = self._reported = time.monotonic()
 
+    def count_from(self, moment_s: float) -> None:
+        """The limit counts from a moment of the monotonic clock, past or to come."""
+        self._since = moment_s
+
     def check(self, phase: str | Callable[[], str]) -> None:
         """Log `waiting 12 s for PHASE from WHOM` now and then, where a PHASE that takes time to say is asked for only
         then. Raises WaitTimeout past the limit."""
@@ -49,16 +53,21 @@ class Wait:
 
 
 async def wait_for(
-    awaited: Awaitable[Result], phase: str, *, whom: str, limit_s: float, is_quiet: bool = False
-) -> Result:
+    awaited: Awaitable[Result], phase: str, *, whom: str, limit_s: float, is_quiet: bool = False,
+    since: Callable[[], float] | None = None,
+) -> Result:  # fmt: skip
     """What `awaited` gives; it is cancelled where it takes longer. Raises WaitTimeout naming `whom` and `phase`.
 
     `is_quiet`: one of many waits that may well last; only the end of its patience is told.
+    `since`: the moment of the monotonic clock from which the limit counts, where that is later than the call; asked for
+    again and again.
     """
-    wait = Wait(whom, limit_s=limit_s)
+    called_s, wait = time.monotonic(), Wait(whom, limit_s=limit_s)
     task = asyncio.ensure_future(awaited)
     try:
         while not (await asyncio.wait([task], timeout=min(1.0, limit_s)))[0]:
+            if since:
+                wait.count_from(max(called_s, since()))
             if not is_quiet or wait.waited_s > limit_s:
                 wait.check(phase)
         return task.result()

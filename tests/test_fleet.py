@@ -19,6 +19,10 @@ from actors.concurrency import FIRST_GROUPS
 from actors.engine import Answer, EngineDead, Pressure, SamplingParameters
 from actors.engines.simulated import SimulatedEngine
 from actors.environment import SingleTurnEpisode, Turn
+from actors.evaluator.evaluate import Plan
+from actors.evaluator.metrics import EvaluatorMetrics
+from actors.evaluator.service import EvaluationService
+from actors.evaluator.tasks import EvaluationTask
 from actors.fitter import Fitter
 from actors.guard import EngineGuard
 from actors.link import LearnerLink
@@ -155,7 +159,7 @@ class Sums:
     full_reward = 1.0
 
     def __init__(self, score_s: float = 0.0) -> None:
-        self._score_s = score_s
+        self.score_s = score_s
 
     def episode(self, split: str, index: int) -> SingleTurnEpisode:
         return SlowEpisode(self, None, [ChatMessage(role="user", content=f"{index} + 1 =")])
@@ -164,7 +168,7 @@ class Sums:
         return ""
 
     async def late_score(self) -> float:
-        await asyncio.sleep(self._score_s)
+        await asyncio.sleep(self.score_s)
         return 1.0
 
 
@@ -239,6 +243,20 @@ class Bench:
 
     def counted(self, name: str) -> float:
         return self.metrics.registry.get_sample_value(name) or 0.0
+
+
+class EvaluatorBench(Bench):
+    """An evaluator in its place, which owes two answers."""
+
+    def _connect(self, parts: Parts, network: Network, folder: Path) -> None:
+        hello = Hello(peer_id="e", session="s", role=Role.EVALUATOR, engine="simulated", config_hash="agreed")
+        self.link = LearnerLink(network, hello)
+        self._fitter = Fitter(self.engine, network, folder, name="e", in_flight=True, welcome=lambda: self.link.welcome)
+        task = EvaluationTask("sums", parts.environment, range(2))
+        plan = Plan([task], SamplingParameters(0.0, 4), samples_per_problem=1, max_concurrency=2, seed=0)
+        self.worker = EvaluationService(  # pyright: ignore
+            parts, self.link, self._fitter, plan, drain_s=1.0, metrics=EvaluatorMetrics()
+        )
 
 
 @pytest.fixture
@@ -487,6 +505,22 @@ def test_an_environment_that_does_not_answer_costs_the_lease_and_is_named(
     reason = learner.of(LeaseFailure)[0].reason
     assert re.match(r"WaitTimeout: waited \d+ s for a score from the environment, expected it within 0 s", reason)
     assert bench.counted("chord_actor_request_failures_total") == 0
+
+
+def test_an_environment_that_does_not_answer_costs_the_evaluation_and_not_the_evaluator(
+    learner: HandLearner, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner.evaluation = learner.newest
+    sums = Sums(score_s=600)
+    bench = EvaluatorBench(learner, tiny_model, tmp_path / "snapshots", sums, score_timeout_s=0.1)
+
+    def look() -> bool:
+        if "failed and is owed still: waited 0 s for a score from the environment" in caplog.text:
+            sums.score_s = 0.0
+        return bool(learner.of(EvaluationResult))
+
+    assert bench.run(until=look) == "asked to stop"
+    assert learner.of(EvaluationResult)[0].scores[0].num_correct == 2
 
 
 def test_after_a_learners_restart_an_actor_is_stale_until_its_weights_are_known_to_be_right(

@@ -1,12 +1,11 @@
 """Scores one version on every task: k answers to each problem, so many at a time."""
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from actors.engine import SamplingParameters
+from actors.engine import SamplingParameters, seed_from
 from actors.evaluator.progress import Progress
 from actors.evaluator.samples import Sample
 from actors.evaluator.scores import score_task
@@ -18,8 +17,6 @@ from common.wire.messages import TaskScore
 
 TELL_S = 1.0
 """Between two reports of how far it has come, at least."""
-SEED_BYTES = 6
-"""Seeds below 2^48: every engine takes them."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,8 @@ class Evaluation:
         self._keep = keep
 
     async def run(self) -> tuple[TaskScore, ...]:
-        """The score of each task. Raises SamplingFailed where the engine gives no answer, OperatorError where a
-        prompt does not fit, and what the environment raises."""
+        """The score of each task. Raises SamplingFailed where the engine gives no answer, WaitTimeout where the
+        environment gives none, OperatorError where a prompt does not fit, and what the environment raises."""
         return tuple([await self._score(task) for task in self._plan.tasks])
 
     async def _score(self, task: EvaluationTask) -> TaskScore:
@@ -131,8 +128,7 @@ def sample_of(task: EvaluationTask, problem: int, number: int, attempt: Attempt,
 
 def seed_of(run_seed: int, task: str, problem: int, number: int) -> int:
     """Answers differ from each other, and a repetition gives the same ones, where the engine can."""
-    digest = hashlib.blake2b(f"{run_seed}/{task}/{problem}/{number}".encode(), digest_size=SEED_BYTES).digest()
-    return int.from_bytes(digest)
+    return seed_from(run_seed, task, problem, number)
 
 
 def places_of(task: EvaluationTask, k: int) -> Iterator[tuple[int, int]]:

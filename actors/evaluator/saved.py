@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from actors.environment import Turn
+from actors.environment import Turn, answer_in_time, begin_in_time
 from actors.evaluator.evaluate import places_of
 from actors.evaluator.samples import Place, Sample, SavedAnswer, read_answers
 from actors.evaluator.scores import score_task
 from actors.evaluator.tasks import EvaluationTask
 from common.errors import OperatorError
-from common.wait import wait_for
 from common.wire.messages import TaskScore
 
 MAX_SAMPLES = 4096
@@ -53,11 +52,8 @@ class SavedAnswers:
     async def _judge(self, task: EvaluationTask, problem: int, number: int, limit_s: float) -> Sample:
         saved = self._answers[task.name, problem, number]
         episode = task.environment.episode("held_out", problem)
-        opening = await wait_for(episode.begin(), "a prompt", whom="the environment", limit_s=limit_s, is_quiet=True)
-        turn = await wait_for(
-            episode.answer(saved.text, is_truncated=saved.is_truncated), "a score",
-            whom="the environment", limit_s=limit_s, is_quiet=True,
-        )  # fmt: skip
+        opening = await begin_in_time(episode, limit_s=limit_s)
+        turn = await answer_in_time(episode, saved.text, is_truncated=saved.is_truncated, limit_s=limit_s)
         _refuse_further_turns(turn, saved, task)
         return Sample(
             task=task.name,

@@ -19,6 +19,7 @@ from actors.guard import SamplingFailed
 from actors.link import LearnerLink
 from actors.standing import Standing
 from actors.start import Parts, cancel_all, raise_one_line, say_goodbye
+from common.errors import WaitTimeout
 from common.version import Version
 from common.weights.client import FetchCancelled, VersionGone
 from common.wire.messages import ActorState, EvaluationResult, Receipt, TaskScore, Work, WorkRequest
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 QUESTION_S = 1.0
 REPORT_S = 30.0
 """An evaluation that lasts says so this often."""
+
+
+class EvaluationFailed(Exception):
+    """The engine or the environment gave no answer; it may be tried again."""
 
 
 class EvaluationService:
@@ -124,7 +129,7 @@ class EvaluationService:
         except (VersionGone, FetchCancelled):
             log.warning("the version to evaluate is no longer kept: not evaluated")
             await asyncio.sleep(QUESTION_S)
-        except SamplingFailed as failure:
+        except EvaluationFailed as failure:
             log.warning("an evaluation failed and is owed still: %s", failure)
             await asyncio.sleep(QUESTION_S)
 
@@ -150,7 +155,10 @@ class EvaluationService:
             await self._fitter.fit(version)
         finally:
             self._fitting = None
-        scores = await self._score(version)
+        try:
+            scores = await self._score(version)
+        except (SamplingFailed, WaitTimeout) as failure:
+            raise EvaluationFailed(str(failure)) from failure
         result = EvaluationResult(version=version, scores=scores)
         await self._link.ask(result, Receipt, phase=f"the receipt of the evaluation of {version}")
         self._metrics.observe(version, scores)

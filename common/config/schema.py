@@ -43,7 +43,9 @@ class Actor(Section):
         540.0, description="longest time of one answer of the engine; below learner.group_timeout_s"
     )
     probe_timeout_s: Seconds = Field(20.0, description="longest reply of the engine to a health check")
-    score_timeout_s: Seconds = Field(60.0, description="longest reply of an environment, scoring included")
+    score_timeout_s: Seconds = Field(
+        60.0, description="longest reply of an environment; a score counts from when the scorer comes to it"
+    )
     drain_s: Seconds = Field(30.0, description="on SIGTERM, running groups may take so long to end and be sent")
     metrics_port: Port = Field(0, description="Prometheus port; 0 takes a free one and prints it")
 
