@@ -523,6 +523,15 @@ def test_an_environment_that_does_not_answer_costs_the_evaluation_and_not_the_ev
     assert learner.of(EvaluationResult)[0].scores[0].num_correct == 2
 
 
+def test_an_environment_that_never_answers_ends_the_evaluator_which_a_new_start_may_mend(
+    learner: HandLearner, tiny_model: Path, tmp_path: Path
+) -> None:
+    learner.evaluation = learner.newest
+    bench = EvaluatorBench(learner, tiny_model, tmp_path / "snapshots", Sums(score_s=600), score_timeout_s=0.1)
+    with pytest.raises(ComponentFailure, match="3 evaluations in a row failed, the last: waited 0 s for a score"):
+        bench.run()
+
+
 def test_after_a_learners_restart_an_actor_is_stale_until_its_weights_are_known_to_be_right(
     learner: HandLearner, make_bench: Callable[..., Bench]
 ) -> None:

@@ -19,7 +19,7 @@ from actors.guard import SamplingFailed
 from actors.link import LearnerLink
 from actors.standing import Standing
 from actors.start import Parts, cancel_all, raise_one_line, say_goodbye
-from common.errors import WaitTimeout
+from common.errors import ComponentFailure, WaitTimeout
 from common.version import Version
 from common.weights.client import FetchCancelled, VersionGone
 from common.wire.messages import ActorState, EvaluationResult, Receipt, TaskScore, Work, WorkRequest
@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 QUESTION_S = 1.0
 REPORT_S = 30.0
 """An evaluation that lasts says so this often."""
+
+
+MAX_FAILED_EVALUATIONS = 3
+"""In a row; then a new start of the evaluator is what helps, as a scorer that never returns holds up all others."""
 
 
 class EvaluationFailed(Exception):
@@ -64,6 +68,8 @@ class EvaluationService:
         self._evaluating: asyncio.Task[None] | None = None
         self._fitting: Version | None = None
         self._drain = asyncio.Event()
+        self._num_failed = 0
+        """Evaluations in a row."""
 
     def drain(self) -> None:
         """Begin no more evaluations, end the one in progress and leave. Called again: leave; it stays owed."""
@@ -126,10 +132,16 @@ class EvaluationService:
         """Raise what must end the evaluator; pause after what may be tried again."""
         try:
             await evaluating
+            self._num_failed = 0
         except (VersionGone, FetchCancelled):
             log.warning("the version to evaluate is no longer kept: not evaluated")
             await asyncio.sleep(QUESTION_S)
         except EvaluationFailed as failure:
+            self._num_failed += 1
+            if self._num_failed == MAX_FAILED_EVALUATIONS:
+                raise ComponentFailure(
+                    f"{self._num_failed} evaluations in a row failed, the last: {failure}"
+                ) from failure
             log.warning("an evaluation failed and is owed still: %s", failure)
             await asyncio.sleep(QUESTION_S)
 
