@@ -164,6 +164,19 @@ def test_a_wrong_value_is_refused_in_one_line_with_path_got_and_expected(overrid
     assert [word for word in words if word not in line] == [], line
 
 
+@pytest.mark.parametrize("section", ["sampling", "eval"])
+def test_answers_that_leave_the_prompt_no_room_are_refused(section: str) -> None:
+    line = refusal(f"{section}.max_tokens=512", "actor.max_model_tokens=512")
+    assert line.startswith(f"override: {section}.max_tokens: got 512, expected fewer than actor.max_model_tokens (512)")
+    resolve_config(None, [f"{section}.max_tokens=511", "actor.max_model_tokens=512"])
+
+
+def test_the_length_of_answers_that_nobody_samples_does_not_matter() -> None:
+    unused = ["algorithm.preset=sft", "sampling.max_tokens=2048"]
+    resolve_config(None, [*unused, "eval.max_tokens=64"])
+    assert "sampling.max_tokens: got 2048" in refusal(*unused)
+
+
 def test_numbers_may_be_written_as_python_does_and_unset_takes_a_value_back(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("[algorithm]\nmu_target = 0.4\nmu_peak = 0.5\nmu_valley = 0.5\n")

@@ -261,6 +261,7 @@ class Config(Section):
                 f"algorithm.overlong_buffer_tokens: got {self.algorithm.overlong_buffer_tokens} with overlong "
                 f'"soft_penalty", expected 1 to sampling.max_tokens ({self.sampling.max_tokens})'
             )
+        self._check_room()
         self.weights.check(engine=self.actor.engine, swap=self.actor.swap, lora_rank=self.learner.lora_rank)
         if self.actor.answer_timeout_s >= self.learner.group_timeout_s:
             raise ValueError(
@@ -268,6 +269,18 @@ class Config(Section):
                 f"learner.group_timeout_s ({self.learner.group_timeout_s:g}): one hung answer must not end the run"
             )
         return self
+
+    def _check_room(self) -> None:
+        """Answers that end where the engine's room does never reach the length at which they count as cut off."""
+        answers = {"eval.max_tokens": self.eval.max_tokens}
+        if self.algorithm.trains_on_groups or not self.eval.max_tokens:
+            answers["sampling.max_tokens"] = self.sampling.max_tokens
+        for name, tokens in answers.items():
+            if tokens >= self.actor.max_model_tokens:
+                raise ValueError(
+                    f"{name}: got {tokens}, expected fewer than actor.max_model_tokens "
+                    f"({self.actor.max_model_tokens}), in which the prompt must fit too"
+                )
 
     @property
     def sft_steps(self) -> int:
