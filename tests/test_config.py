@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.worker import REPORT_S
 from common.config.load import resolve_config, to_toml_document
 from common.config.presets import PRESETS
 from common.config.schema import Config
@@ -175,6 +176,12 @@ def test_the_length_of_answers_that_nobody_samples_does_not_matter() -> None:
     unused = ["algorithm.preset=sft", "sampling.max_tokens=2048"]
     resolve_config(None, [*unused, "eval.max_tokens=64"])
     assert "sampling.max_tokens: got 2048" in refusal(*unused)
+
+
+def test_a_lease_must_outlive_a_report_that_comes_twice_as_late_as_it_should() -> None:
+    resolve_config(None, [f"network.lease_s={2 * REPORT_S}"])
+    line = refusal(f"network.lease_s={1.9 * REPORT_S}")
+    assert line == "override: network.lease_s: got 1.9, expected greater than or equal to 2"
 
 
 def test_numbers_may_be_written_as_python_does_and_unset_takes_a_value_back(tmp_path: Path) -> None:

@@ -152,7 +152,9 @@ class Network(Section):
     announcements_port: Port = Field(0, description="where it announces versions; 0 takes a free port and tells actors")
     heartbeat_s: Seconds = Field(1.0, description="between ZeroMQ heartbeats")
     silence_s: Seconds = Field(3.5, description="a peer silent for longer is disconnected, and taken for gone")
-    lease_s: Seconds = Field(20.0, description="a lease whose actor has been silent for longer is issued again")
+    lease_s: Annotated[float, Field(ge=2.0)] = Field(
+        20.0, description="a lease whose actor has been silent for longer is issued again; it reports once a second"
+    )
     request_timeout_s: Seconds = Field(10.0, description="one request to the learner, before it is sent again")
     learner_timeout_s: Seconds = Field(180.0, description="an actor gives up on a learner unreachable for longer")
     keys: str = Field("", description="folder of CURVE keys (see chord-keys); empty: nobody is authenticated")
