@@ -103,7 +103,9 @@ class Learner(Section):
         "float32",
         description="precision of the decoder's matrix products; auto takes bfloat16 where hardware has units for it",
     )
-    micro_batch_tokens: Positive = Field(4096, description="token budget of one forward pass, padding counted")
+    micro_batch_tokens: Positive = Field(
+        4096, description="token budget of one forward pass; attention, which pads, computes twice as many at most"
+    )
     recompute_activations: bool = Field(
         False, description="keep each layer's input only and compute the rest again in the backward pass: less memory"
     )
