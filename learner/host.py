@@ -76,6 +76,7 @@ class Host:
             first_step=config.sft_steps,
         )
         self.ledger.check_rewind()
+        self._check_length()
         self._check_agreement(experts)
         self.recorder = Recorder(self.run_dir.path, self.ledger, open_feeds(config, self.run_dir, self.ledger))
         self.excerpts = Excerpts(
@@ -94,6 +95,15 @@ class Host:
         self.recorder.restore()
         self._side_port = self._open_side_port()
         self.inbox.start()
+
+    def _check_length(self) -> None:
+        """A run cannot end before a step that it has begun: it would end without a last one, or with another's."""
+        num_steps, num_begun = self._config.learner.num_steps, self.ledger.history.num_batches()
+        if num_steps < num_begun:
+            raise OperatorError(
+                f"learner.num_steps: got {num_steps}, expected at least the {num_begun} steps that "
+                f"{self.run_dir.path} has begun, or to go back before them with chord-learner --rewind"
+            )
 
     def _check_agreement(self, experts: ExpertStore | None) -> None:
         """A resumed run must go on with what it began with."""

@@ -56,10 +56,10 @@ class Replay:
             found = self._reader.read(composition)
             trainer.take(step, found.rows, mu=found.mu)
             step += 1
-            if step == self._config.sft_steps < self._history.num_batches():
-                assert self._choice, "a later step was committed"
-                trainer.begin_anew(require_kept_policy(self._config, self._choice.chosen, self._recorded))
-            num_compared += self._compare(trainer, step)
+            if self._choice and step == self._choice.step:
+                num_compared += self._hand_over(trainer, self._choice)
+            else:
+                num_compared += self._compare(trainer, step, self._recorded.get(step))
             if step in saved and self._compare_parameters(trainer, saved[step]):
                 checked.append(step)
             log.info("step %d of %d: the same", step, self._history.num_batches())
@@ -89,8 +89,15 @@ class Replay:
         trainer.restore(good[0].path)
         return good[0].step
 
-    def _compare(self, trainer: Trainer, step: int) -> int:
-        recorded = self._recorded.get(step)
+    def _hand_over(self, trainer: Trainer, choice: Choice) -> int:
+        """Go on with the policy that the run went on with; the run may have ended before it was published anew."""
+        num_compared = self._compare(trainer, choice.step, choice.hash)
+        trainer.begin_anew(require_kept_policy(self._config, choice.chosen, self._recorded))
+        if (recorded := self._recorded.get(choice.step)) != choice.hash:
+            self._compare(trainer, choice.step, recorded)
+        return num_compared
+
+    def _compare(self, trainer: Trainer, step: int, recorded: str | None) -> int:
         if recorded is None:
             return 0
         with tempfile.TemporaryDirectory() as folder:

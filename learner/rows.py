@@ -18,6 +18,10 @@ Aggregation = Literal["token_mean", "sequence_mean"]
 EXPERT_TEMPERATURE = 1.0
 """Expert log-probs are taken at temperature 1, whatever the rollouts' is (CHORD.md)."""
 
+PLACES_PER_TOKEN = 2
+"""Places, padding included, that attention may compute for each token of the budget. With 1, groups of short answers
+would need half as many micro-batches again; with no bound, one long demonstration among them makes it nearly 6."""
+
 
 @dataclass(frozen=True, eq=False)
 class Branch:
@@ -47,6 +51,11 @@ class Row:
     def num_tokens(self) -> int:
         """Tokens that are computed for this row."""
         return len(self.prompt) + sum(len(branch.tokens) for branch in self.branches)
+
+    @property
+    def longest_branch(self) -> int:
+        """Tokens."""
+        return max(len(branch.tokens) for branch in self.branches)
 
 
 NOTHING = Row(
@@ -92,17 +101,29 @@ def unshare(rows: Iterable[Row]) -> list[Row]:
     return [replace(row, branches=(branch,)) for row in rows for branch in row.branches]
 
 
+def num_padded_places(rows: Sequence[Row]) -> int:
+    """R · P + B · T of the batch that `build_batch` makes of `rows`: the places that attention computes."""
+    num_branches = sum(len(row.branches) for row in rows)
+    return len(rows) * max(len(row.prompt) for row in rows) + num_branches * max(row.longest_branch for row in rows)
+
+
+def fits(rows: Sequence[Row], budget: int) -> bool:
+    """Whether `rows` may be one micro-batch: at most `budget` tokens, and in attention, which pads, places for them."""
+    is_within = sum(row.num_tokens for row in rows) <= budget
+    return is_within and num_padded_places(rows) <= PLACES_PER_TOKEN * budget
+
+
 def split_to_budget(row: Row, budget: int) -> list[Row]:
-    """Rows of at most `budget` tokens each, as far as single branches allow."""
-    parts: list[list[Branch]] = [[]]
-    size = len(row.prompt)
-    for branch in row.branches:
-        if parts[-1] and size + len(branch.tokens) > budget:
-            parts.append([])
-            size = len(row.prompt)
-        parts[-1].append(branch)
-        size += len(branch.tokens)
-    return [replace(row, branches=tuple(part)) for part in parts]
+    """Rows that each fit into a micro-batch, as far as single branches allow; long branches apart from short ones."""
+    if fits([row], budget):
+        return [row]
+    parts: list[Row] = []
+    for branch in sorted(row.branches, key=lambda branch: len(branch.tokens), reverse=True):
+        if parts and fits([longer := replace(row, branches=(*parts[-1].branches, branch))], budget):
+            parts[-1] = longer
+        else:
+            parts.append(replace(row, branches=(branch,)))
+    return parts
 
 
 def deal(rows: Sequence[Row], num_ranks: int) -> list[list[Row]]:
@@ -117,13 +138,11 @@ def deal(rows: Sequence[Row], num_ranks: int) -> list[list[Row]]:
 
 
 def micro_batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    """Rows of similar length together, each list at most `budget` tokens (a longer row stands alone)."""
+    """Rows with branches of similar length together, as many in a list as fit; what does not fit stands alone."""
     batches: list[list[Row]] = []
-    load = 0
-    for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):
-        if not batches or load + row.num_tokens > budget:
-            batches.append([])
-            load = 0
-        batches[-1].append(row)
-        load += row.num_tokens
+    for row in sorted(rows, key=lambda row: (row.longest_branch, len(row.prompt)), reverse=True):
+        if batches and fits([*batches[-1], row], budget):
+            batches[-1].append(row)
+        else:
+            batches.append([row])
     return batches

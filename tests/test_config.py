@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.worker import REPORT_S
 from common.config.load import resolve_config, to_toml_document
 from common.config.presets import PRESETS
 from common.config.schema import Config
@@ -162,6 +163,25 @@ def test_a_wrong_value_is_refused_in_one_line_with_path_got_and_expected(overrid
     line = refusal(override)
     assert line.startswith("override: ")
     assert [word for word in words if word not in line] == [], line
+
+
+@pytest.mark.parametrize("section", ["sampling", "eval"])
+def test_answers_that_leave_the_prompt_no_room_are_refused(section: str) -> None:
+    line = refusal(f"{section}.max_tokens=512", "actor.max_model_tokens=512")
+    assert line.startswith(f"override: {section}.max_tokens: got 512, expected fewer than actor.max_model_tokens (512)")
+    resolve_config(None, [f"{section}.max_tokens=511", "actor.max_model_tokens=512"])
+
+
+def test_the_length_of_answers_that_nobody_samples_does_not_matter() -> None:
+    unused = ["algorithm.preset=sft", "sampling.max_tokens=2048"]
+    resolve_config(None, [*unused, "eval.max_tokens=64"])
+    assert "sampling.max_tokens: got 2048" in refusal(*unused)
+
+
+def test_a_lease_must_outlive_a_report_that_comes_twice_as_late_as_it_should() -> None:
+    resolve_config(None, [f"network.lease_s={2 * REPORT_S}"])
+    line = refusal(f"network.lease_s={1.9 * REPORT_S}")
+    assert line == "override: network.lease_s: got 1.9, expected greater than or equal to 2"
 
 
 def test_numbers_may_be_written_as_python_does_and_unset_takes_a_value_back(tmp_path: Path) -> None:

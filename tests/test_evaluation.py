@@ -278,7 +278,9 @@ def test_a_model_is_scored_on_a_benchmark_and_its_saved_answers_score_alike(tiny
     assert {**scored, "wall_s": 0.0} == again
 
 
-@pytest.mark.parametrize("mistake", [["gsm8k=gone.jsonl"], ["gsm8k={gsm8k}", "actor.max_model_tokens=17"]])
+@pytest.mark.parametrize(
+    "mistake", [["gsm8k=gone.jsonl"], ["gsm8k={gsm8k}", "actor.max_model_tokens=17", "sampling.max_tokens=16"]]
+)
 def test_a_mistake_leaves_the_samples_of_an_earlier_evaluation(
     mistake: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:

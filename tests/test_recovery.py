@@ -95,6 +95,26 @@ def test_a_run_is_taken_back_and_goes_on_otherwise(killed_twice: Path, tiny_mode
     assert excerpts.path_of(19).read_bytes() != undone
 
 
+def test_a_run_is_not_made_shorter_than_it_is_and_loses_nothing_by_the_attempt(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = write_config(
+        tmp_path, tiny_model, algorithm={"preset": "sft"}, eval={"every_steps": 0},
+        learner={"num_steps": 3, "num_threads": 1},
+    )  # fmt: skip
+    import_experts(config)
+    run_module("learner", "--config", str(config))
+    folder = tmp_path / "run"
+    before = {path: path.read_bytes() for path in [*(folder / "final").iterdir(), folder / "config.toml"]}
+    refused = run_module("learner", "--config", str(config), "learner.num_steps=2", check=False)
+    assert refused.returncode == 2
+    line = refused.stderr.splitlines()[-1]
+    assert line.startswith("chord-learner: learner.num_steps: got 2, expected at least the 3 steps that"), line
+    assert {path: path.read_bytes() for path in before} == before
+    report = audit(folder)
+    assert (report["steps"], report["violations"]) == (3, [])
+
+
 def test_an_audit_names_what_does_not_add_up(killed_twice: Path, tiny_model: Path, tmp_path: Path) -> None:
     copy_of(killed_twice, tmp_path, tiny_model)
     folder = tmp_path / "run"

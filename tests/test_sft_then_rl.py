@@ -107,6 +107,33 @@ def test_both_phases_are_repeated_bit_for_bit(two_phases: Path) -> None:
     assert f"replayed steps 1 to {NUM_STEPS}: bit for bit, {NUM_STEPS} versions" in replayed
 
 
+def test_a_run_that_was_stopped_before_the_first_groups_of_its_second_phase_is_repeated_bit_for_bit(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = write_two_phases(tmp_path, tiny_model)
+    with (tmp_path / "learner.log").open("wb") as log:
+        learner = subprocess.Popen([sys.executable, "-m", "learner", "--config", str(config)], stderr=log)
+    try:
+        wait_for_groups_of(tmp_path / "run" / "status.json", SFT_STEPS + 1, learner)
+        learner.terminate()
+        assert learner.wait(PATIENCE_S) == 0, (tmp_path / "learner.log").read_text()
+    finally:
+        learner.kill()
+        learner.wait()
+    replayed = run_module("learner", "--replay", str(tmp_path / "run")).stdout
+    versions = f"{SFT_STEPS} versions and the parameters of checkpoints [3, {SFT_STEPS}]"
+    assert f"replayed steps 1 to {SFT_STEPS}: bit for bit, {versions}" in replayed
+
+
+def wait_for_groups_of(status: Path, step: int, learner: subprocess.Popen[bytes]) -> None:
+    """Until the learner, alone, waits for actors that are to bring the groups of `step`."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (status.exists() and f"groups of step {step}" in json.loads(status.read_text())["waiting_for"]):
+        assert learner.poll() is None, "the learner has ended"
+        assert time.monotonic() < deadline, status.read_text()
+        time.sleep(0.05)
+
+
 def test_the_second_phase_begins_with_a_new_optimizer_on_the_published_weights(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -202,3 +229,5 @@ def test_the_best_policy_goes_on_where_that_is_wanted(tiny_model: Path, tmp_path
     hashes = dict(ledger_rows(run.folder, "SELECT step, hash FROM versions"))
     assert hashes[SFT_STEPS] == hashes[choice["chosen"]]
     assert audit(run.folder)["violations"] == []
+    replayed = run_module("learner", "--replay", str(run.folder)).stdout
+    assert f"replayed steps 1 to {NUM_STEPS}: bit for bit, {NUM_STEPS} versions" in replayed

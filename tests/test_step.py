@@ -2,12 +2,15 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +21,7 @@ from learner.objective.importance import Correction
 from learner.objective.policy import policy_loss
 from learner.policy_model import PolicyModel, load_policy_model
 from learner.ranks import Ranks
-from learner.rows import Row, deal, micro_batches, split_to_budget, unshare
+from learner.rows import NOTHING, Row, deal, micro_batches, split_to_budget, unshare
 from learner.shards import Sharding, check_offload, whole
 from tests import reference
 from tests.steps import (
@@ -134,6 +137,33 @@ def test_the_gradient_is_the_same_for_every_split_into_micro_batches(
     split = rows if shares_prompts else unshare(rows)
     parts = [part for row in split for part in split_to_budget(row, budget)]
     assert_close(gradients(model, [build_batch(some) for some in micro_batches(parts, budget)], **counts), whole)
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(seed=st.integers(0, 2**32 - 1), budget=st.sampled_from([64, 500, 2000]), shares_prompts=st.booleans())
+def test_neither_tokens_nor_padding_of_a_micro_batch_exceed_its_budget_but_for_a_single_branch(
+    seed: int, budget: int, shares_prompts: bool
+) -> None:
+    numbers = np.random.default_rng(seed)
+    sizes = [(int(numbers.choice([1, 8])), int(numbers.choice([5, 50, 500]))) for _ in range(20)]
+    rows = [blank_row(numbers, num_branches, longest) for num_branches, longest in sizes]
+    split = rows if shares_prompts else unshare(rows)
+    batches = micro_batches([part for row in split for part in split_to_budget(row, budget)], budget)
+    found = [id(branch) for some in batches for row in some for branch in row.branches]
+    assert sorted(found) == sorted(id(branch) for row in rows for branch in row.branches)
+    for some in batches:
+        batch = build_batch(some)
+        is_single = batch.branches.shape[0] == 1
+        assert is_single or batch.tokens.numel() <= budget
+        assert is_single or batch.prompts.numel() + batch.branches.numel() <= 2 * budget
+
+
+def blank_row(numbers: np.random.Generator, num_branches: int, longest: int) -> Row:
+    """Of one branch in four any length up to `longest`, of the others a tenth of it at most."""
+    limits = [longest if numbers.random() < 0.25 else max(longest // 10, 1) for _ in range(num_branches)]
+    (blank,) = NOTHING.branches
+    branches = (replace(blank, tokens=np.zeros(numbers.integers(1, limit + 1), dtype=np.int32)) for limit in limits)
+    return Row(np.zeros(numbers.integers(1, 60), dtype=np.int32), tuple(branches))
 
 
 def test_recomputed_activations_give_the_same_gradient_and_are_not_kept(model_path: Path) -> None:

@@ -105,7 +105,9 @@ class Learner(Section):
         "float32",
         description="precision of the decoder's matrix products; auto takes bfloat16 where hardware has units for it",
     )
-    micro_batch_tokens: Positive = Field(4096, description="token budget of one forward pass, padding counted")
+    micro_batch_tokens: Positive = Field(
+        4096, description="token budget of one forward pass; attention, which pads, computes twice as many at most"
+    )
     recompute_activations: bool = Field(
         False, description="keep each layer's input only and compute the rest again in the backward pass: less memory"
     )
@@ -154,7 +156,9 @@ class Network(Section):
     announcements_port: Port = Field(0, description="where it announces versions; 0 takes a free port and tells actors")
     heartbeat_s: Seconds = Field(1.0, description="between ZeroMQ heartbeats")
     silence_s: Seconds = Field(3.5, description="a peer silent for longer is disconnected, and taken for gone")
-    lease_s: Seconds = Field(20.0, description="a lease whose actor has been silent for longer is issued again")
+    lease_s: Annotated[float, Field(ge=2.0)] = Field(
+        20.0, description="a lease whose actor has been silent for longer is issued again; it reports once a second"
+    )
     request_timeout_s: Seconds = Field(10.0, description="one request to the learner, before it is sent again")
     learner_timeout_s: Seconds = Field(180.0, description="an actor gives up on a learner unreachable for longer")
     keys: str = Field("", description="folder of CURVE keys (see chord-keys); empty: nobody is authenticated")
@@ -263,6 +267,7 @@ class Config(Section):
                 f"algorithm.overlong_buffer_tokens: got {self.algorithm.overlong_buffer_tokens} with overlong "
                 f'"soft_penalty", expected 1 to sampling.max_tokens ({self.sampling.max_tokens})'
             )
+        self._check_room()
         self.weights.check(engine=self.actor.engine, swap=self.actor.swap, lora_rank=self.learner.lora_rank)
         if self.actor.answer_timeout_s >= self.learner.group_timeout_s:
             raise ValueError(
@@ -270,6 +275,18 @@ class Config(Section):
                 f"learner.group_timeout_s ({self.learner.group_timeout_s:g}): one hung answer must not end the run"
             )
         return self
+
+    def _check_room(self) -> None:
+        """Answers that end where the engine's room does never reach the length at which they count as cut off."""
+        answers = {"eval.max_tokens": self.eval.max_tokens}
+        if self.algorithm.trains_on_groups or not self.eval.max_tokens:
+            answers["sampling.max_tokens"] = self.sampling.max_tokens
+        for name, tokens in answers.items():
+            if tokens >= self.actor.max_model_tokens:
+                raise ValueError(
+                    f"{name}: got {tokens}, expected fewer than actor.max_model_tokens "
+                    f"({self.actor.max_model_tokens}), in which the prompt must fit too"
+                )
 
     @property
     def sft_steps(self) -> int:
