@@ -95,6 +95,19 @@ def test_a_run_is_taken_back_and_goes_on_otherwise(killed_twice: Path, tiny_mode
     assert excerpts.path_of(19).read_bytes() != undone
 
 
+def test_a_recipe_that_is_refused_is_not_taken_for_that_of_the_run(
+    killed_twice: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = copy_of(killed_twice, tmp_path, tiny_model)
+    folder = tmp_path / "run"
+    shutil.rmtree(folder / "checkpoints" / f"step-{NUM_STEPS:08d}")  # two steps are to be taken again
+    record = (folder / "config.toml").read_bytes()
+    refused = run_module("learner", "--config", str(config), "learner.lr=0.5", check=False)
+    assert refused.returncode == 2
+    assert "learner.lr: got 0.5, expected 0.0001 until the 2 steps after" in refused.stderr.splitlines()[-1]
+    assert (folder / "config.toml").read_bytes() == record
+
+
 def test_an_audit_names_what_does_not_add_up(killed_twice: Path, tiny_model: Path, tmp_path: Path) -> None:
     copy_of(killed_twice, tmp_path, tiny_model)
     folder = tmp_path / "run"

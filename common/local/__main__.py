@@ -8,13 +8,12 @@ import time
 import tomllib
 from io import TextIOWrapper
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import typer
 from rich.console import Console
 
 from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command
-from common.config.load import to_toml
 from common.config.schema import Config
 from common.environments import find_environment
 from common.errors import OperatorError
@@ -48,8 +47,10 @@ def local(
     run_dir = RunDir(Path(resolved.run.dir))
     if fresh:
         run_dir.clear()
-    if (done := steps_done(run_dir)) >= resolved.learner.num_steps:
-        require_same_run(run_dir, resolved)
+    done = steps_done(run_dir)
+    if done or run_dir.ledger.exists():
+        require_same_run(run_dir, resolved)  # before anything is written: the record is all that tells how it began
+    if done >= resolved.learner.num_steps:
         print(f"{run_dir.path} is complete ({done} steps): raise learner.num_steps to go on, or use --fresh")
         raise typer.Exit(0)
     run_dir.create()
@@ -78,18 +79,26 @@ def steps_done(run_dir: RunDir) -> int:
 
 
 def require_same_run(run_dir: RunDir, config: Config) -> None:
-    """Raises OperatorError where the folder holds a run of another method or task, whose result is not this one's."""
+    """Raises OperatorError where the folder holds a run of another method or task: it cannot go on as this one, nor is
+    its result this one's."""
     try:
-        begun = tomllib.loads(run_dir.config.read_text())  # as it stands: an earlier version's is no error
+        begun = tomllib.loads(run_dir.config.read_text(encoding="utf-8"))  # as it stands: an older one is no error
     except (OSError, ValueError):
         return
-    for section, values in config.agreed.items():
-        for key, found in values.items():
-            if (expected := begun.get(section, {}).get(key, found)) != found:
+    usual = Config().lasting  # of a key that was unset, or is newer than the run
+    for section, values in config.lasting.items():
+        for key, value in values.items():
+            found, expected = spelled(value), spelled(begun.get(section, {}).get(key, usual[section][key]))
+            if found != expected:
                 raise OperatorError(
-                    f"{run_dir.path}: {section}.{key}: got {to_toml(found)}, expected {to_toml(expected)}, with which "
-                    "the complete run in it began: choose another run.dir, or use --fresh"
+                    f"{run_dir.path}: {section}.{key}: got {found}, expected {expected}, with which the run in it "
+                    "began: choose another run.dir, or use --fresh"
                 )
+
+
+def spelled(value: Any) -> str:
+    """Equal exactly where two values of a key are."""
+    return "unset" if value is None else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def with_port(config: Config) -> Config:
