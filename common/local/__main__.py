@@ -46,7 +46,7 @@ def local(
     require_parts(resolved)
     run_dir = RunDir(Path(resolved.run.dir))
     if fresh:
-        run_dir.clear()
+        run_dir.clear(named=named_paths(resolved))
     done = steps_done(run_dir)
     if done or run_dir.ledger.exists():
         require_same_run(run_dir, resolved)  # before anything is written: the record is all that tells how it began
@@ -66,6 +66,15 @@ def require_parts(config: Config) -> None:
     require_sinks(config.run.sinks)
     if config.algorithm.trains_on_groups or config.eval.every_steps:
         find_environment(config.environment.name)
+
+
+def named_paths(config: Config) -> dict[str, str]:
+    """By key, what of the user's own the configuration names; empty where a key is not set."""
+    network = config.network
+    return {
+        "model.path": config.model.path, "expert.path": config.expert.path,
+        "network.keys": network.keys, "network.allowed_keys": network.allowed_keys,
+    }  # fmt: skip
 
 
 def steps_done(run_dir: RunDir) -> int:
