@@ -2,17 +2,24 @@
 
 import json
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import zmq
 from safetensors.torch import save_file
 
 from common.config.load import resolve_config
+from common.weights.server import WeightServer
 from common.weights.snapshot import write_snapshot
+from common.wire.messages import EvaluationResult, TaskScore
+from common.wire.sockets import SocketLimits
 from learner.handover import Handover
 from learner.ledger.ledger import Ledger
+from learner.publisher import Publisher
 from learner.ranks import Ranks
+from learner.recorder import Recorder
 from learner.trainer import Trainer
 from tests.runs import LocalRun, audit, import_experts, read_lines, read_summary, run_module, write_config
 from tests.steps import CPU, some_rows
@@ -84,6 +91,72 @@ def test_a_run_without_a_supervised_phase_keeps_no_policy_aside(tmp_path: Path) 
     Handover(config, ledger).keep(snapshot)
     ledger.close()
     assert not (tmp_path / "sft").exists()
+
+
+class Phase:
+    """A supervised phase of ten steps whose best policy goes on, as far as its publisher goes."""
+
+    def __init__(self, folder: Path) -> None:
+        keys = ["learner.num_steps=20", "eval.every_steps=1", "algorithm.sft_ends_with=best", f"run.dir={folder}"]
+        config = resolve_config(None, ["model.path=m", "algorithm.preset=sft_then_rl", *keys]).config
+        self.folder = folder
+        self.ledger = Ledger(folder / "ledger.sqlite", groups_per_step=1, max_staleness=1)
+        self.server = WeightServer(zmq.Context.instance(), host="127.0.0.1", port=0, limits=SocketLimits(1, 4, 1 << 20))
+        self.publisher = Publisher(
+            folder / "weights", self.server, self.ledger, Recorder(folder, self.ledger), every_steps=1,
+            last_steps={config.sft_steps}, chunk_bytes=1 << 20, timeout_s=60, keep=Handover(config, self.ledger).keep,
+        )  # fmt: skip
+
+    def publish(self, steps: range) -> None:
+        for step in steps:
+            self.publisher.publish({"x": torch.full((4,), float(step))}, step)
+            self.publisher.settle()
+
+    def evaluate(self, *num_correct: int) -> None:
+        """Of ten problems, by the oldest versions that are owed."""
+        for right in num_correct:
+            version = self.publisher.evaluation()
+            assert version
+            score = TaskScore(
+                task="sums", num_problems=10, samples_per_problem=1, num_correct=right, num_unparsed=0, num_truncated=0,
+                confidence_95=(0.0, 1.0), pass_at_k={"1": right / 10}, categories={}, mean_score=right / 10,
+                mean_answer_tokens=3.0, wall_s=0.5,
+            )  # fmt: skip
+            self.publisher.finish_evaluation(EvaluationResult(version=version, scores=(score,)))
+
+    def kept(self) -> list[int]:
+        return sorted(int(path.stem) for path in (self.folder / "sft").iterdir())
+
+    def close(self) -> None:
+        self.publisher.close()
+        self.server.close()
+        self.ledger.close()
+
+
+@pytest.fixture
+def phase(tmp_path: Path) -> Iterator[Phase]:
+    begun = Phase(tmp_path)
+    yield begun
+    begun.close()
+
+
+def test_a_policy_that_is_not_evaluated_is_not_kept_until_the_phase_ends(phase: Phase) -> None:
+    phase.publish(range(10))
+    assert phase.publisher.owed_steps == [0, 1, 2]
+    assert phase.kept() == [1, 2, 9], "expected those that are owed, and the newest"
+    phase.publish(range(10, 11))
+    assert phase.kept() == [1, 2, 10], "expected the last of the phase, which is evaluated in any case"
+
+
+def test_the_best_so_far_is_kept_with_those_whose_evaluation_is_owed(phase: Phase) -> None:
+    phase.publish(range(3))
+    phase.evaluate(9, 5, 3)
+    phase.publish(range(3, 7))
+    assert phase.publisher.owed_steps == [3, 4, 5]
+    assert phase.kept() == [1, 3, 4, 5, 6]
+    phase.evaluate(5, 2)
+    phase.publish(range(7, 8))
+    assert phase.kept() == [3, 5, 7], "expected the later of two that are equally good"
 
 
 def test_both_phases_are_repeated_bit_for_bit(two_phases: Path) -> None:
