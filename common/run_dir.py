@@ -6,17 +6,23 @@ import os
 import pwd
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from common.config.load import to_toml_document
 from common.config.schema import Config
 from common.errors import OperatorError
 
-EXPERT_STORE = "expert.sqlite"
-"""Name of the expert store where `expert.path` is empty; demonstrations outlive the runs that they are used in."""
+WRITTEN = {
+    "config.toml", "config.partial", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger.mark",
+    "ledger.bodies", "metrics.jsonl", "metrics.partial", "eval.jsonl", "eval.partial", "summary.json",
+    "summary.partial", "status.json", "status.partial", "report.html", "report.html.partial", "checkpoints", "sft",
+    "weights", "final", ".partial-final", "samples", "excerpts", "tensorboard", "wandb", "logs", ".lock",
+}  # fmt: skip
+"""All names that a run leaves in its directory; whatever else lies there, such as an expert store, is its user's."""
 DISK_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 RIGHTS_ERRORS = {errno.EACCES, errno.EPERM}
 ROOT, NOBODY = 0, 65534
@@ -178,15 +184,21 @@ class RunDir:
                 return True
         return False
 
-    def clear(self) -> None:
-        """Delete an earlier run, but no expert store. Raises OperatorError where the folder is not a run's."""
-        if not self.path.exists():
+    def clear(self, *, named: Mapping[str, str]) -> None:
+        """Delete an earlier run: what a run writes, and nothing else. `named`: paths in the configuration, by key.
+
+        Raises OperatorError where the folder is not a run's, or one of `named` would go with it.
+        """
+        written = [path for name in sorted(WRITTEN) if os.path.lexists(path := self.path / name)]
+        if not written:
             return
-        others = [path for path in self.path.iterdir() if not path.name.startswith(EXPERT_STORE)]
-        if others and not (self.config.exists() or self.ledger.exists() or self.logs.exists()):
+        if not any(path.exists() for path in (self.config, self.ledger, self.path / ".lock")):
             raise OperatorError(
                 f"run.dir: {self.path} holds something else than a run, expected an earlier run or nothing"
             )
+        for (key, path), doomed in product(named.items(), written):
+            if path and Path(path).resolve().is_relative_to(doomed.resolve()):
+                raise OperatorError(f"{key}: got {path}, which --fresh would delete, expected it outside of {doomed}")
         os.close(self.lock())
-        for path in [*others, self.path / ".lock"]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in [*written, self.path / ".lock"]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

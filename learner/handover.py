@@ -76,7 +76,7 @@ class Handover:
         link_or_copy(snapshot.path, path)
         sync(path)
         sync(path.parent)
-        self._forget_all_but(self._may_win())
+        self._forget_all_but({step, *self._may_win()})
 
     def _is_candidate(self, step: int) -> bool:
         is_best_wanted = self._config.algorithm.sft_ends_with == "best"
@@ -113,10 +113,11 @@ class Handover:
         return {line["step"]: line["accuracy"] for line in lines if kept_policy(self._config, line["step"]).exists()}
 
     def _may_win(self) -> set[int]:
-        """The best so far, and those whose result is not known yet."""
+        """The best so far, and those whose evaluation is owed; whether the newest one's will be is not known yet."""
+        owed = self._ledger.evaluations.owed()  # first: a result that comes between the two is in both
         accuracies = self._accuracies()
-        best = max(accuracies, key=lambda step: (accuracies[step], step), default=None)
-        return {step for step in self._kept() if step not in accuracies or step == best}
+        best = sorted(accuracies, key=lambda step: (accuracies[step], step))[-1:]
+        return {*owed, *best}
 
     def _kept(self) -> list[int]:
         return [int(path.stem) for path in kept_policy(self._config, 0).parent.glob("*.safetensors")]

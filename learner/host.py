@@ -11,7 +11,7 @@ from typing import Any
 import zmq
 
 from common.chat import Chat
-from common.config.schema import Config
+from common.config.schema import LASTING, Config
 from common.errors import OperatorError
 from common.keys.allowed import ServerKeys
 from common.run_dir import RunDir
@@ -45,7 +45,6 @@ from learner.step_rows import StepReader, open_experts
 log = logging.getLogger(__name__)
 
 NUM_LISTENERS = 3
-LORA = ("lora_rank", "lora_alpha", "lora_targets")
 FAREWELL_S = 15.0
 """Longest wait at the end for peers to leave."""
 
@@ -91,7 +90,6 @@ class Host:
         )
         self.checkpoints = Checkpoints(self.run_dir.checkpoints, keep=1)  # only looked at
         self._board = StatusBoard(self.run_dir.status, self._status)
-        self.run_dir.save_config(config)
         self.recorder.restore()
         self._side_port = self._open_side_port()
         self.inbox.start()
@@ -108,9 +106,8 @@ class Host:
     def _check_agreement(self, experts: ExpertStore | None) -> None:
         """A resumed run must go on with what it began with."""
         started = {
-            "learner.groups_per_step": str(self._config.learner.groups_per_step),
             "algorithm.sft_steps": str(self._config.sft_steps),
-            **{f"learner.{key}": str(getattr(self._config.learner, key)) for key in LORA},
+            **{f"learner.{key}": str(getattr(self._config.learner, key)) for key in LASTING},
         }
         hashes = started | {
             "configuration": self._config.agreement_hash,
@@ -123,7 +120,8 @@ class Host:
                 )
 
     def check_history(self, step: int) -> None:
-        """Raises OperatorError where the run cannot go on from `step` as it would have."""
+        """Note the configuration that the run goes on with. Raises OperatorError where it cannot go on from `step` as
+        it would have; then the one on record stays."""
         num_batches = self.ledger.history.num_batches()
         if num_batches < step:
             raise OperatorError(
@@ -139,6 +137,7 @@ class Host:
                     "last checkpoint are taken again: start once with the earlier value, then change it"
                 )
         self.ledger.set_fact("recipe", json.dumps(recipe))
+        self.run_dir.save_config(self._config)
 
     def _open_network(self, chat: Chat) -> None:
         config, network = self._config, self._config.network

@@ -1,6 +1,7 @@
 """The configuration: what goes before what, what is refused and in which words, and what components must agree on."""
 
 import math
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from common.errors import ConfigError, OperatorError
 from common.local.__main__ import require_same_run
 from common.run_dir import RunDir
 from tests.configuration_table import PAGE, page
+from tests.runs import run_module, write_config
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 plain_values = st.recursive(
@@ -118,6 +120,7 @@ def test_a_configuration_comes_back_from_its_own_document(
     run_dir = RunDir(tmp_path_factory.getbasetemp())
     run_dir.save_config(config)
     assert resolve_config(run_dir.config).config == config
+    require_same_run(run_dir, config)
     assert resolve_config(run_dir.config).config.agreement_hash == config.agreement_hash
     assert [path.name for path in run_dir.path.glob("config*")] == ["config.toml"]
 
@@ -306,19 +309,68 @@ def test_samples_and_their_temperature_are_accepted_together() -> None:
     assert (evaluation.samples_per_problem, evaluation.temperature) == (8, 0.6)
 
 
-def test_a_complete_run_of_another_method_is_not_taken_for_this_one(tmp_path: Path) -> None:
+def test_a_run_of_another_method_is_not_taken_for_this_one(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     begun = resolve_config(None, ["algorithm.preset=chord_mu", "model.path=m"]).config
     require_same_run(run_dir, begun)
     run_dir.save_config(begun)
-    require_same_run(run_dir, resolve_config(None, ["learner.num_steps=500", "learner.lr=1e-5", "run.dir=x"]).config)
+    require_same_run(run_dir, resolve_config(None, FREE).config)
     for override, words in {
         "algorithm.preset=grpo": 'algorithm.preset: got "grpo", expected "chord_mu"',
+        "algorithm.mu_target=0.5": "algorithm.mu_target: got 0.5, expected unset",
         "sampling.temperature=0.5": "sampling.temperature: got 0.5, expected 1.0",
         "run.seed=3": "run.seed: got 3, expected 0",
+        "learner.groups_per_step=3": "learner.groups_per_step: got 3, expected 8",
+        "learner.lora_rank=3": "learner.lora_rank: got 3, expected 0",
     }.items():
         with pytest.raises(OperatorError, match=words):
             require_same_run(run_dir, resolve_config(None, [override]).config)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_run_of_any_preset_is_taken_for_itself(preset: str, tmp_path: Path) -> None:
+    config = resolve_config(None, [f"algorithm.preset={preset}", "model.path=m"]).config
+    RunDir(tmp_path).save_config(config)
+    require_same_run(RunDir(tmp_path), config)
+
+
+@pytest.fixture
+def begun_run(tiny_model: Path, tmp_path: Path) -> Path:
+    """The configuration of a run that has begun and is not complete."""
+    path = write_config(tmp_path, tiny_model)
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create()
+    run_dir.save_config(resolve_config(path).config)
+    run_dir.ledger.touch()
+    return path
+
+
+def start_local(config: Path, *arguments: str) -> str:
+    """The one line that chord-local refuses to start with."""
+    done = run_module("common.local", "--config", str(config), *arguments, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    return done.stderr
+
+
+def test_a_refused_start_leaves_the_record_of_the_run_as_it_was(begun_run: Path) -> None:
+    record = RunDir(begun_run.parent / "run").config
+    before = record.read_bytes()
+    line = start_local(begun_run, "sampling.max_tokens=7", "learner.num_steps=9", "network.port=1")
+    assert f"{record.parent}: sampling.max_tokens: got 7, expected 6, with which the run in it began" in line
+    assert record.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ["learner.num_steps=9", "run.num_actors=5", "learner.group_timeout_s=900", "learner.lr=1e-5"],
+        ["sampling.max_tokens=7", "--fresh"],
+    ],
+)
+def test_what_a_later_start_may_change_and_a_fresh_one_are_no_other_run(begun_run: Path, changed: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # where the start comes to next
+        line = start_local(begun_run, *changed, f"network.port={taken.getsockname()[1]}")
+    assert "is taken, expected a free port" in line
 
 
 def test_the_page_of_all_keys_is_that_of_the_schema() -> None:

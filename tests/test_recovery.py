@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from common.run_dir import RunDir
 from learner.excerpts.folder import ExcerptFolder
 from tests.runs import LocalRun, audit, import_experts, read_lines, read_summary, run_module, write_config
 
@@ -113,6 +114,25 @@ def test_a_run_is_not_made_shorter_than_it_is_and_loses_nothing_by_the_attempt(
     assert {path: path.read_bytes() for path in before} == before
     report = audit(folder)
     assert (report["steps"], report["violations"]) == (3, [])
+
+
+def test_a_recipe_that_is_refused_is_not_taken_for_that_of_the_run(
+    killed_twice: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = copy_of(killed_twice, tmp_path, tiny_model)
+    folder = tmp_path / "run"
+    shutil.rmtree(folder / "checkpoints" / f"step-{NUM_STEPS:08d}")  # two steps are to be taken again
+    record = (folder / "config.toml").read_bytes()
+    refused = run_module("learner", "--config", str(config), "learner.lr=0.5", check=False)
+    assert refused.returncode == 2
+    assert "learner.lr: got 0.5, expected 0.0001 until the 2 steps after" in refused.stderr.splitlines()[-1]
+    assert (folder / "config.toml").read_bytes() == record
+
+
+def test_a_fresh_start_leaves_nothing_of_a_run(killed_twice: Path, tmp_path: Path) -> None:
+    shutil.copytree(killed_twice, tmp_path / "run")
+    RunDir(tmp_path / "run").clear(named={})
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_an_audit_names_what_does_not_add_up(killed_twice: Path, tiny_model: Path, tmp_path: Path) -> None:

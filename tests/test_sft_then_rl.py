@@ -6,17 +6,25 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import zmq
 from safetensors.torch import save_file
 
 from common.config.load import resolve_config
+from common.weights.server import WeightServer
 from common.weights.snapshot import write_snapshot
+from common.wire.messages import EvaluationResult, TaskScore
+from common.wire.sockets import SocketLimits
 from learner.handover import Handover
 from learner.ledger.ledger import Ledger
+from learner.publisher import Publisher
 from learner.ranks import Ranks
+from learner.recorder import Recorder
 from learner.trainer import Trainer
 from tests.installed import install_environment
 from tests.runs import (
@@ -102,6 +110,94 @@ def test_a_run_without_a_supervised_phase_keeps_no_policy_aside(tmp_path: Path) 
     assert not (tmp_path / "sft").exists()
 
 
+class Phase:
+    """A supervised phase of ten steps whose best policy goes on, as far as its publisher goes."""
+
+    def __init__(self, folder: Path) -> None:
+        keys = ["learner.num_steps=20", "eval.every_steps=1", "algorithm.sft_ends_with=best", f"run.dir={folder}"]
+        config = resolve_config(None, ["model.path=m", "algorithm.preset=sft_then_rl", *keys]).config
+        self.folder = folder
+        self.ledger = Ledger(folder / "ledger.sqlite", groups_per_step=1, max_staleness=1)
+        self.server = WeightServer(zmq.Context.instance(), host="127.0.0.1", port=0, limits=SocketLimits(1, 4, 1 << 20))
+        self.publisher = Publisher(
+            folder / "weights", self.server, self.ledger, Recorder(folder, self.ledger), every_steps=1,
+            last_steps={config.sft_steps}, chunk_bytes=1 << 20, timeout_s=60, keep=Handover(config, self.ledger).keep,
+        )  # fmt: skip
+
+    def publish(self, steps: range) -> None:
+        for step in steps:
+            self.publisher.publish({"x": torch.full((4,), float(step))}, step)
+            self.publisher.settle()
+
+    def evaluate(self, *num_correct: int) -> None:
+        """Of ten problems, by the oldest versions that are owed."""
+        for right in num_correct:
+            version = self.publisher.evaluation()
+            assert version
+            score = TaskScore(
+                task="sums", num_problems=10, samples_per_problem=1, num_correct=right, num_unparsed=0, num_truncated=0,
+                confidence_95=(0.0, 1.0), pass_at_k={"1": right / 10}, categories={}, mean_score=right / 10,
+                mean_answer_tokens=3.0, wall_s=0.5,
+            )  # fmt: skip
+            self.publisher.finish_evaluation(EvaluationResult(version=version, scores=(score,)))
+
+    def kept(self) -> list[int]:
+        return sorted(int(path.stem) for path in (self.folder / "sft").iterdir())
+
+    def close(self) -> None:
+        self.publisher.close()
+        self.server.close()
+        self.ledger.close()
+
+
+@pytest.fixture
+def phase(tmp_path: Path) -> Iterator[Phase]:
+    begun = Phase(tmp_path)
+    yield begun
+    begun.close()
+
+
+def test_a_policy_that_is_not_evaluated_is_not_kept_until_the_phase_ends(phase: Phase) -> None:
+    phase.publish(range(10))
+    assert phase.publisher.owed_steps == [0, 1, 2]
+    assert phase.kept() == [1, 2, 9], "expected those that are owed, and the newest"
+    phase.publish(range(10, 11))
+    assert phase.kept() == [1, 2, 10], "expected the last of the phase, which is evaluated in any case"
+
+
+def test_the_best_so_far_is_kept_with_those_whose_evaluation_is_owed(phase: Phase) -> None:
+    phase.publish(range(3))
+    phase.evaluate(9, 5, 3)
+    phase.publish(range(3, 7))
+    assert phase.publisher.owed_steps == [3, 4, 5]
+    assert phase.kept() == [1, 3, 4, 5, 6]
+    phase.evaluate(5, 2)
+    phase.publish(range(7, 8))
+    assert phase.kept() == [3, 5, 7], "expected the later of two that are equally good"
+
+
+def start_learner_and_stop_it_once(
+    is_reached: Callable[[dict[str, Any]], bool], config: Path, *overrides: str, packages: str = ""
+) -> tuple[int, str]:
+    """A learner alone, to which SIGTERM is sent once its status.json says so; its exit code, and what it said."""
+    path = os.pathsep.join([packages, os.getcwd()]).strip(os.pathsep)
+    command = [sys.executable, "-m", "learner", "--config", str(config), *overrides]
+    log, status = config.parent / "learner.log", config.parent / "run" / "status.json"
+    with log.open("wb") as stderr:
+        learner = subprocess.Popen(command, stderr=stderr, env={**os.environ, **QUIET, "PYTHONPATH": path})
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (status.exists() and is_reached(json.loads(status.read_text()))):
+            assert learner.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, status.read_text()
+            time.sleep(0.05)
+        learner.terminate()
+        return learner.wait(PATIENCE_S), log.read_text()
+    finally:
+        learner.kill()
+        learner.wait()
+
+
 def test_both_phases_are_repeated_bit_for_bit(two_phases: Path) -> None:
     replayed = run_module("learner", "--replay", str(two_phases)).stdout
     assert f"replayed steps 1 to {NUM_STEPS}: bit for bit, {NUM_STEPS} versions" in replayed
@@ -111,27 +207,12 @@ def test_a_run_that_was_stopped_before_the_first_groups_of_its_second_phase_is_r
     tiny_model: Path, tmp_path: Path
 ) -> None:
     config = write_two_phases(tmp_path, tiny_model)
-    with (tmp_path / "learner.log").open("wb") as log:
-        learner = subprocess.Popen([sys.executable, "-m", "learner", "--config", str(config)], stderr=log)
-    try:
-        wait_for_groups_of(tmp_path / "run" / "status.json", SFT_STEPS + 1, learner)
-        learner.terminate()
-        assert learner.wait(PATIENCE_S) == 0, (tmp_path / "learner.log").read_text()
-    finally:
-        learner.kill()
-        learner.wait()
+    waited_for = f"groups of step {SFT_STEPS + 1}"
+    returncode, said = start_learner_and_stop_it_once(lambda status: waited_for in status["waiting_for"], config)
+    assert returncode == 0, said
     replayed = run_module("learner", "--replay", str(tmp_path / "run")).stdout
     versions = f"{SFT_STEPS} versions and the parameters of checkpoints [3, {SFT_STEPS}]"
     assert f"replayed steps 1 to {SFT_STEPS}: bit for bit, {versions}" in replayed
-
-
-def wait_for_groups_of(status: Path, step: int, learner: subprocess.Popen[bytes]) -> None:
-    """Until the learner, alone, waits for actors that are to bring the groups of `step`."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (status.exists() and f"groups of step {step}" in json.loads(status.read_text())["waiting_for"]):
-        assert learner.poll() is None, "the learner has ended"
-        assert time.monotonic() < deadline, status.read_text()
-        time.sleep(0.05)
 
 
 def test_the_second_phase_begins_with_a_new_optimizer_on_the_published_weights(
@@ -155,26 +236,6 @@ def test_the_second_phase_begins_with_a_new_optimizer_on_the_published_weights(
     in_one_run = after(weights, num_earlier_steps=SFT_STEPS)
     assert in_one_run == after(weights, num_earlier_steps=0)
     assert in_one_run != after(None, num_earlier_steps=SFT_STEPS)
-
-
-def start_learner_and_stop_it_in(phase: str, config: Path, *overrides: str, packages: Path) -> tuple[int, str]:
-    """Its exit code and what it said."""
-    path = os.pathsep.join([str(packages), os.getcwd()])
-    command = [sys.executable, "-m", "learner", "--config", str(config), *overrides]
-    learner = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, **QUIET, "PYTHONPATH": path}
-    )
-    try:
-        status, deadline = config.parent / "run" / "status.json", time.monotonic() + PATIENCE_S
-        while not (status.exists() and json.loads(status.read_text())["phase"] == phase):
-            assert time.monotonic() < deadline
-            assert learner.poll() is None
-            time.sleep(0.1)
-        learner.terminate()
-        said = learner.communicate(timeout=PATIENCE_S)[1]
-    finally:
-        learner.kill()
-    return learner.returncode, said
 
 
 FADING = f"""
@@ -202,7 +263,9 @@ def test_a_best_policy_that_is_not_the_last_goes_on_though_the_run_was_stopped_w
 ) -> None:
     config = write_two_phases(tmp_path, tiny_model, sft_ends_with="best")
     packages = install_environment(tmp_path / "packages", FADING, "fading = my_package:Fading")
-    returncode, said = start_learner_and_stop_it_in("evaluating", config, "environment.name=fading", packages=packages)
+    returncode, said = start_learner_and_stop_it_once(
+        lambda status: status["phase"] == "evaluating", config, "environment.name=fading", packages=str(packages)
+    )
     assert returncode == 0, said
     assert "Traceback" not in said
     with LocalRun(config, "environment.name=fading", extra_path=packages) as run:

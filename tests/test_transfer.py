@@ -84,12 +84,13 @@ class TensorEngine(SimulatedEngine):
 class Site:
     """A learner's weight server and courier, and actors."""
 
-    def __init__(self, folder: Path, *, keys: str = "", turn_s: float = TIMEOUT_S) -> None:
+    def __init__(self, folder: Path, *, keys: str = "", allowed: str = "", turn_s: float = TIMEOUT_S) -> None:
         self.folder = folder
         overrides = ["weights.transport=gloo", f"weights.transfer_timeout_s={turn_s}", "learner.num_threads=1"]
-        self.config: Config = resolve_config(None, [*overrides, *([f"network.keys={keys}"] if keys else [])]).config
+        overrides += [f"network.keys={keys}", f"network.allowed_keys={allowed}"]
+        self.config: Config = resolve_config(None, overrides).config
         self.context: zmq.Context[Any] = zmq.Context()
-        self.keys = ServerKeys(self.context, keys) if keys else None
+        self.keys = ServerKeys(self.context, keys, allowed=allowed) if keys else None
         self.server = WeightServer(self.context, host="127.0.0.1", port=0, limits=LIMITS, keys=self.keys)
         self.courier = Courier(self.config)
         self.await_courier()
@@ -346,12 +347,15 @@ def test_after_three_failures_in_a_row_all_is_fetched(own_site: Site, caplog: py
     assert num_received(fitter) == 0
 
 
-def test_with_keys_only_those_who_hold_one_get_a_turn(tmp_path: Path) -> None:
-    folder = KeyFolder(tmp_path / "keys")
+@pytest.mark.parametrize("allowed", ["", "elsewhere"])
+def test_with_keys_only_those_who_hold_one_that_is_allowed_get_a_turn(tmp_path: Path, allowed: str) -> None:
+    folder = KeyFolder(tmp_path / "keys", tmp_path / allowed if allowed else None)
     for name in ("learner", "actor-0", "stranger"):
         folder.create(name)
     folder.allow("actor-0", folder.public("actor-0"))
-    site = Site(tmp_path, keys=str(folder.path))
+    if allowed:  # the folder that does not count lets in who is a stranger now
+        KeyFolder(folder.path).allow("stranger", folder.public("stranger"))
+    site = Site(tmp_path, keys=str(folder.path), allowed=str(folder.allowed) if allowed else "")
     try:
         known, stranger = site.join("actor-0"), site.join("stranger")
 
@@ -359,6 +363,7 @@ def test_with_keys_only_those_who_hold_one_get_a_turn(tmp_path: Path) -> None:
             version = site.publish()
             await known.fit(version)
             site.assert_served(known, version)
+            assert num_received(known) == 1
             assert stranger._transfers
             assert not await stranger._transfers.bring(version, site.courier.port)
 

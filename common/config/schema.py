@@ -215,6 +215,9 @@ AGREED: dict[str, set[str] | None] = {
 }  # fmt: skip
 """What learner, actors and evaluator must hold in common: a section's keys, None for all of them."""
 
+LASTING = ("groups_per_step", "lora_rank", "lora_alpha", "lora_targets")
+"""Keys of the learner that a run keeps from its begin to its end."""
+
 
 RECIPE = {
     "model": {"dtype"},
@@ -309,6 +312,11 @@ class Config(Section):
             section: self.model_dump(mode="json", include={section: keys or True})[section]
             for section, keys in AGREED.items()
         }
+
+    @property
+    def lasting(self) -> dict[str, dict[str, Any]]:
+        """By section, what no later start of a run may change."""
+        return self.agreed | self.model_dump(mode="json", include={"learner": set(LASTING)})
 
     @property
     def agreement_hash(self) -> str:

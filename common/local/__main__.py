@@ -8,13 +8,12 @@ import time
 import tomllib
 from io import TextIOWrapper
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import typer
 from rich.console import Console
 
 from common.command import CheckOption, ConfigOption, OverridesArgument, new_command, resolve_or_check, run_command
-from common.config.load import to_toml
 from common.config.schema import Config
 from common.environments import find_environment
 from common.errors import OperatorError
@@ -47,9 +46,11 @@ def local(
     require_parts(resolved)
     run_dir = RunDir(Path(resolved.run.dir))
     if fresh:
-        run_dir.clear()
-    if (done := steps_done(run_dir)) >= resolved.learner.num_steps:
-        require_same_run(run_dir, resolved)
+        run_dir.clear(named=named_paths(resolved))
+    done = steps_done(run_dir)
+    if done or run_dir.ledger.exists():
+        require_same_run(run_dir, resolved)  # before anything is written: the record is all that tells how it began
+    if done >= resolved.learner.num_steps:
         print(f"{run_dir.path} is complete ({done} steps): raise learner.num_steps to go on, or use --fresh")
         raise typer.Exit(0)
     run_dir.create()
@@ -67,6 +68,15 @@ def require_parts(config: Config) -> None:
         find_environment(config.environment.name)
 
 
+def named_paths(config: Config) -> dict[str, str]:
+    """By key, what of the user's own the configuration names; empty where a key is not set."""
+    network = config.network
+    return {
+        "model.path": config.model.path, "expert.path": config.expert.path,
+        "network.keys": network.keys, "network.allowed_keys": network.allowed_keys,
+    }  # fmt: skip
+
+
 def steps_done(run_dir: RunDir) -> int:
     """Steps of a run that came to its end; 0 where there is none."""
     if not (run_dir.summary.exists() and run_dir.final.exists()):
@@ -78,18 +88,29 @@ def steps_done(run_dir: RunDir) -> int:
 
 
 def require_same_run(run_dir: RunDir, config: Config) -> None:
-    """Raises OperatorError where the folder holds a run of another method or task, whose result is not this one's."""
+    """Raises OperatorError where the folder holds a run of another method or task: it cannot go on as this one, nor is
+    its result this one's."""
     try:
-        begun = tomllib.loads(run_dir.config.read_text())  # as it stands: an earlier version's is no error
+        begun = tomllib.loads(run_dir.config.read_text(encoding="utf-8"))  # as it stands: an older one is no error
     except (OSError, ValueError):
         return
-    for section, values in config.agreed.items():
-        for key, found in values.items():
-            if (expected := begun.get(section, {}).get(key, found)) != found:
+    usual = Config().lasting
+    for section, values in config.lasting.items():
+        for key, value in values.items():
+            noted = begun.get(section, {}).get(key)
+            if noted is None and value in (None, usual[section][key]):
+                continue  # it was unset, or the run is older than the key
+            found, expected = spelled(value), spelled(noted)
+            if found != expected:
                 raise OperatorError(
-                    f"{run_dir.path}: {section}.{key}: got {to_toml(found)}, expected {to_toml(expected)}, with which "
-                    "the complete run in it began: choose another run.dir, or use --fresh"
+                    f"{run_dir.path}: {section}.{key}: got {found}, expected {expected}, with which the run in it "
+                    "began: choose another run.dir, or use --fresh"
                 )
+
+
+def spelled(value: Any) -> str:
+    """Equal exactly where two values of a key are."""
+    return "unset" if value is None else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def with_port(config: Config) -> Config:

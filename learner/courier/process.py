@@ -31,6 +31,7 @@ class Courier:
             host=network.host,
             port=weights.courier_port or free_ports(1, network.host)[0],
             keys=network.keys,
+            allowed_keys=network.allowed_keys,
             device=int(os.environ.get("LOCAL_RANK", "0")),
             num_threads=config.learner.num_threads,
             timeout_s=weights.transfer_timeout_s,

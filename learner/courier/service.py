@@ -62,7 +62,7 @@ class Service:
         self._offers = offers
         self._unread = b""
         context = zmq.Context.instance()
-        self._keys = ServerKeys(context, settings.keys) if settings.keys else None
+        self._keys = ServerKeys(context, settings.keys, allowed=settings.allowed_keys) if settings.keys else None
         self._listener = Listener(
             context,
             zmq.ROUTER,

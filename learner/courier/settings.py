@@ -15,6 +15,8 @@ class CourierSettings(BaseModel):
     host: str
     port: int
     keys: str
+    allowed_keys: str
+    """Both as in the configuration's [network]."""
     device: int
     """Number of the GPU that it sends from."""
     num_threads: int
