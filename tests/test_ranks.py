@@ -7,23 +7,23 @@ import sys
 from common.wire.ports import free_ports
 from tests.runs import PATIENCE_S, QUIET
 
-LIMIT_S, WAIT_S = 6.0, 9.0
+NUM_TIMES = 5
 RANK = f"""
-import sys, time
 import torch
-from learner.ranks import Ranks
-ranks = Ranks(torch.device("cpu"), timeout_s={LIMIT_S})
+import learner.ranks
+learner.ranks.NOT_YET_S = 0.0
+ranks, met = learner.ranks.Ranks(torch.device("cpu")), []
+ranks.on_meeting = lambda: met.append(1)
 if ranks.is_first:
-    deadline = time.monotonic() + {WAIT_S}
-    while time.monotonic() < deadline:
+    for _ in range({NUM_TIMES}):
         ranks.say_not_yet()
-        time.sleep(0.2)
-print(ranks.share_number(0.25 if ranks.is_first else None))
+print(ranks.share_number(0.25 if ranks.is_first else None), len(met))
 ranks.close()
 """
 
 
-def test_ranks_wait_for_the_first_longer_than_their_limit_where_it_says_not_yet() -> None:
+def test_each_not_yet_of_the_first_is_a_meeting_after_which_the_others_wait_anew() -> None:
+    """Their limit is that of one meeting."""
     (port,) = free_ports(1, "127.0.0.1")
     ranks = [
         subprocess.Popen(
@@ -38,7 +38,7 @@ def test_ranks_wait_for_the_first_longer_than_their_limit_where_it_says_not_yet(
     try:
         for rank in ranks:
             said, error = rank.communicate(timeout=PATIENCE_S)
-            assert said.split() == ["0.25"], error
+            assert said.split() == ["0.25", str(NUM_TIMES + 1)], error
     finally:
         for rank in ranks:
             rank.kill()
