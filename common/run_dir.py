@@ -17,10 +17,11 @@ from common.config.schema import Config
 from common.errors import OperatorError
 
 WRITTEN = {
-    "config.toml", "config.partial", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger.mark",
-    "ledger.bodies", "metrics.jsonl", "metrics.partial", "eval.jsonl", "eval.partial", "summary.json",
-    "summary.partial", "status.json", "status.partial", "report.html", "report.html.partial", "checkpoints", "sft",
-    "weights", "final", ".partial-final", "samples", "excerpts", "tensorboard", "wandb", "logs", ".lock",
+    "config.toml", "config.partial", "local.toml", "local.partial", "ledger.sqlite", "ledger.sqlite-wal",
+    "ledger.sqlite-shm", "ledger.mark", "ledger.bodies", "metrics.jsonl", "metrics.partial", "eval.jsonl",
+    "eval.partial", "summary.json", "summary.partial", "status.json", "status.partial", "report.html",
+    "report.html.partial", "checkpoints", "sft", "weights", "final", ".partial-final", "samples", "excerpts",
+    "tensorboard", "wandb", "logs", ".lock",
 }  # fmt: skip
 """All names that a run leaves in its directory; whatever else lies there, such as an expert store, is its user's."""
 DISK_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -40,7 +41,13 @@ class RunDir:
 
     @property
     def config(self) -> Path:
+        """What the run began or goes on with, as its learner accepted it."""
         return self.path / "config.toml"
+
+    @property
+    def local_config(self) -> Path:
+        """What chord-local gives its processes; the learner may yet refuse it."""
+        return self.path / "local.toml"
 
     @property
     def metrics(self) -> Path:
@@ -121,10 +128,10 @@ class RunDir:
         )
 
     def save_config(self, config: Config) -> None:
-        """It appears by rename: a component that starts meanwhile reads the old one or the new one."""
-        partial = self.config.with_suffix(".partial")
-        partial.write_text(to_toml_document(config), encoding="utf-8")
-        partial.replace(self.config)
+        write_config(self.config, config)
+
+    def save_local_config(self, config: Config) -> None:
+        write_config(self.local_config, config)
 
     @contextmanager
     def explains_bad_disk(self) -> Generator[None]:
@@ -202,3 +209,10 @@ class RunDir:
         os.close(self.lock())
         for path in [*written, self.path / ".lock"]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def write_config(path: Path, config: Config) -> None:
+    """It appears by rename: who reads it meanwhile reads the old one or the new one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(to_toml_document(config), encoding="utf-8")
+    partial.replace(path)

@@ -123,7 +123,8 @@ def test_a_recipe_that_is_refused_is_not_taken_for_that_of_the_run(
     folder = tmp_path / "run"
     shutil.rmtree(folder / "checkpoints" / f"step-{NUM_STEPS:08d}")  # two steps are to be taken again
     record = (folder / "config.toml").read_bytes()
-    refused = run_module("learner", "--config", str(config), "learner.lr=0.5", check=False)
+    more = f"learner.num_steps={NUM_STEPS + 2}"  # a complete run is not started
+    refused = run_module("common.local", "--config", str(config), "learner.lr=0.5", more, check=False)
     assert refused.returncode == 2
     assert "learner.lr: got 0.5, expected 0.0001 until the 2 steps after" in refused.stderr.splitlines()[-1]
     assert (folder / "config.toml").read_bytes() == record

@@ -56,7 +56,7 @@ def local(
     run_dir.create()
     os.close(run_dir.lock())  # another chord-local's learner holds it: its configuration must stay
     resolved = with_port(resolved)
-    run_dir.save_config(resolved)
+    run_dir.save_local_config(resolved)
     LocalRun(resolved, run_dir).run()
 
 
@@ -132,7 +132,7 @@ class LocalRun:
         run_dir.status.unlink(missing_ok=True)  # that of an earlier start
         self._progress = Progress(run_dir)
         self._supervisor = Supervisor(
-            run_dir.config, run_dir.logs, config.run,
+            run_dir.local_config, run_dir.logs, config.run,
             num_actors=config.run.num_actors if config.algorithm.trains_on_groups else 0,
             has_evaluator=config.eval.every_steps > 0,
             first_metrics_port=config.actor.metrics_port,

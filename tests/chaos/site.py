@@ -178,7 +178,7 @@ class Site:
             time.sleep(POLL_S)
 
     def _left_over(self) -> list[int]:
-        marks = {str(self.run_dir / "config.toml")}
+        marks = {str(self.run_dir / name) for name in ("config.toml", "local.toml")}
         found: list[int] = []
         for process in psutil.process_iter(["pid", "cmdline"]):
             words = process.info["cmdline"] or []
