@@ -244,6 +244,9 @@ def test_a_finished_comparison_says_so_and_holds_lags_against_the_bar(finished: 
     assert "Failed once and taken again: staleness-tis-lag-8-seed1." in readme
     assert "| `dft` | 2, 1 failed |" in readme
     assert "| `chord_mu` | 3 | 6e-05 (of 3) | 0.660 ± 0.017 |" in readme
+    assert readme.index("| `chord_mu` | 2e-05 | ") < readme.index("| `chord_mu` | **6e-05** | ")
+    tried = [line for line in readme.splitlines() if line.count(" | ") == 4 and line.startswith("| `")]
+    assert len(tried) == sum(map(len, SCALE.rates.values()))
     rows = {row["label"]: row for row in json.loads((results.parent / "compare.json").read_text())["staleness"]}
     assert rows["tis lag 4"]["is_within_bar"] is True
     assert rows["tis lag 4"]["num_seeds"] == 5

@@ -94,8 +94,10 @@ def test_every_chart_that_people_ask_for_is_there_for_every_run(run: Path, tiny_
     page = report(run, make_run(run.parent / "two", tiny_model, num_steps=4, seed=1))
     assert [one["name"] for one in page.known["runs"]] == ["one", "two"]
     expected = {
-        "Reward", "Held-out accuracy", "Losses", "μ", "φ", "Policy entropy", "Mismatch KL", "Answer length",
-        "Staleness of groups", "Who waited for whom", "Tokens per second", "Weight bytes",
+        "Reward", "Held-out accuracy", "Losses", "μ", "φ", "Expert tokens decided", "−log p of expert tokens",
+        "Policy entropy", "Mismatch KL", "Importance correction", "Groups and answers", "Gradient norm", "Staleness",
+        "Staleness of groups", "Answer length", "Who waited for whom", "Tokens per second", "Seconds of a step",
+        "Weight bytes", "Trajectory bytes",
     }  # fmt: skip
     for title in expected:
         assert {series["run"] for series in page.series(title)} == {0, 1}, title
@@ -151,6 +153,22 @@ def test_groups_that_came_too_late_stand_beside_those_that_were_trained_on(run: 
     assert (of_trained["label"], of_trained["y"]) == ("trained", pytest.approx([1 / 3, 2 / 3]))
 
 
+def test_long_groups_that_were_sampled_and_not_trained_on_show_in_the_histogram_of_lengths(run: Path) -> None:
+    found = replace(read_run(run, name="one"), answer_lengths=[(12.0, True), (12.5, True), (47.9, False), (48.0, True)])
+    title = "Answer lengths, sampled against trained"
+    (chart,) = [one for one in make_charts([found]) if one.title == title]
+    sampled, trained = chart.series
+    assert sampled["x"] == trained["x"] == [2.0 * n for n in range(25)]  # the longest has 48 tokens
+    assert {n: share for n, share in enumerate(sampled["y"]) if share} == {6: 1 / 2, 23: 1 / 2}
+    assert {n: share for n, share in enumerate(trained["y"]) if share} == pytest.approx({6: 2 / 3, 23: 1 / 3})
+
+
+def test_the_page_says_how_many_of_the_trajectories_it_holds(run: Path, tiny_model: Path) -> None:
+    assert report(run).known["sample"] == "All 96 trajectories that were trained on."
+    half = make_run(run.parent / "half", tiny_model, num_steps=4, groups_per_step=1)
+    assert report(half).known["sample"].startswith("32 of 64 trajectories that were trained on: of each step ")
+
+
 def test_several_runs_want_a_file_for_their_page(run: Path) -> None:
     done = run_module("learner.report", str(run), str(run), check=False)
     assert done.returncode == 2
@@ -199,7 +217,10 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_shown(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "expected"),
-    [("config.toml", "holds no config.toml, expected the run.dir of a run"), ("metrics.jsonl", "metrics.jsonl:2: ")],
+    [
+        ("config.toml", "holds no config.toml, expected the run.dir of a run whose learner has started"),
+        ("metrics.jsonl", "metrics.jsonl:2: "),
+    ],
 )
 def test_what_is_no_run_ends_with_one_line(run: Path, file: str, expected: str) -> None:
     lines = (run / file).read_text().splitlines(keepends=True)

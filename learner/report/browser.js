@@ -23,6 +23,7 @@ class Browser {
     this.searched = null; // prompt and answer of each, in lower case, made at the first search
     this.sort = { name: "step", isDown: true };
     this.selected = -1; // place in `found`
+    byId("sample").textContent = known.sample;
     this.fillRuns();
     this.drawHead();
     this.listen();

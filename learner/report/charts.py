@@ -55,7 +55,7 @@ LEARNING = (
         "μ", {"mu": "μ", "mu_effective": "effective μ"},
         "effective: the expert half's share of the gradient, where it was measured",
     ),
-    Lines("φ", {"expert_phi_mean": "φ"}, "mean weight of the expert tokens"),
+    Lines("φ", {"expert_phi_mean": "φ"}, "mean weight of the expert tokens: φ = p(1 − p), of dft p, of others 1"),
     Lines(
         "Expert tokens decided", {"expert_p_lt_01_frac": "p < 0.1", "expert_p_gt_09_frac": "p > 0.9"},
         "shares of expert tokens of which little is learned with φ",

@@ -36,6 +36,7 @@ def make_page(runs: Sequence[Run], records: Records) -> str:
         "groups": records.groups,
         "answers": records.answers,
         "numLeftOut": records.num_left_out,
+        "sample": _describe_sample(runs, records),
         "layout": layout,
     }
     parts = {
@@ -98,6 +99,18 @@ def _describe(run: Run) -> dict[str, Any]:
         },
         "notes": run.notes,
     }
+
+
+def _describe_sample(runs: Sequence[Run], records: Records) -> str:
+    """How many of the trajectories that were trained on stand in the page."""
+    num_here = sum(not records.groups[answer["group"]]["isExpert"] for answer in records.answers)
+    num_trained = sum(line.get("num_trajectories", 0) for run in runs for line in run.lines)
+    if num_here >= num_trained:  # a step's excerpt may be there before its line
+        return f"All {num_here:,} trajectories that were trained on."
+    return (
+        f"{num_here:,} of {num_trained:,} trajectories that were trained on: "
+        "of each step run.excerpt_groups_per_step groups are kept, drawn at random."
+    )
 
 
 def _first_task(run: Run) -> str | None:

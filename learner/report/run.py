@@ -50,7 +50,7 @@ def read_run(path: Path, *, name: str) -> Run:
     """Raises OperatorError where `path` holds no run, or a line that is no JSON."""
     run_dir, notes = RunDir(path), list[str]()
     if not run_dir.config.exists():
-        raise OperatorError(f"{path}: holds no config.toml, expected the run.dir of a run")
+        raise OperatorError(f"{path}: holds no config.toml, expected the run.dir of a run whose learner has started")
     return Run(
         name=name,
         run_dir=run_dir,

@@ -52,7 +52,7 @@ def describe_methods(scale: Scale, runs: Sequence[PlannedRun], results: Mapping[
                 "num_seeds": len(good),
                 "failed_seeds": sorted(found.keys() - good.keys()),
                 "lr": sorted({result.lr for result in good.values() if result.lr}),
-                "rates_tried": sum(bool(fresh(run, results)) for run in tried if run.seed == scale.seeds[0]),
+                "tries": describe_tries([run for run in tried if run.seed == scale.seeds[0]], results),
                 "accuracy": _over(good, lambda result: result.test.accuracy if result.test else None),
                 "validation": _over(good, lambda result: result.validation_accuracy if result.curves else None),
                 "retention": _over(good, lambda result: result.retention_accuracy),
@@ -70,6 +70,23 @@ def describe_methods(scale: Scale, runs: Sequence[PlannedRun], results: Mapping[
             }
         )
     return rows
+
+
+def describe_tries(runs: Sequence[PlannedRun], results: Mapping[str, Result]) -> list[Row]:
+    """What each learning rate of a method gave at the seed that chose among them, lowest first."""
+    best = best_so_far(list(runs), results)
+    found = [result for run in runs if (result := fresh(run, results)) and result.lr]
+    return [
+        {
+            "lr": result.lr,
+            "failure": result.failure,
+            "validation": None if result.failure else result.validation_accuracy,
+            "accuracy": result.test.accuracy if result.test else None,
+            "retention": result.retention_accuracy,
+            "is_best": result is best,
+        }
+        for result in sorted(found, key=lambda result: result.lr or 0)
+    ]
 
 
 def describe_staleness(scale: Scale, runs: Sequence[PlannedRun], results: Mapping[str, Result]) -> list[Row]:

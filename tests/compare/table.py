@@ -9,6 +9,7 @@ from tests.compare.outcome import AGAINST
 BEGIN, END = "<!-- compare: made by `make compare` from here -->", "<!-- compare: to here -->"
 FIGURE = "deploy/figures/compare.svg"
 NOTHING = "–"
+TRIES = "Every learning rate that was tried, at the first seed; in bold the one that validation chose:"
 Row = Mapping[str, Any]
 
 
@@ -25,6 +26,8 @@ def render(outcome: Mapping[str, Any]) -> str:
     parts = [how_far(outcome)]
     if outcome["methods"]:
         parts += [methods_table(outcome["methods"]), budgets_table(outcome["methods"])]
+        if any(row["tries"] for row in outcome["methods"]):
+            parts += [TRIES, tries_table(outcome["methods"])]
     if outcome["staleness"]:
         parts.append(staleness_table(outcome["staleness"], bar=outcome["bar"]["reward"]))
     if outcome["methods"]:
@@ -59,7 +62,7 @@ def _method_cells(row: Row) -> list[str]:
     return [
         _method(row),
         _seeds(row),
-        rate + (f" (of {row['rates_tried']})" if row["lr"] else ""),
+        rate + (f" (of {len(row['tries'])})" if row["lr"] else ""),
         _number(row["accuracy"]),
         *(_difference(row["against"].get(other)) for other in AGAINST),
         _number(row["retention"]),
@@ -80,6 +83,21 @@ def budgets_table(rows: Sequence[Row]) -> str:
 def _budget_cells(row: Row) -> list[str]:
     counted = ("steps", "expert_rows", "answers", "tokens_sampled", "expert_tokens", "policy_tokens")
     return [_method(row), *(_count(row["budget"].get(key)) for key in counted), f"{row['wall_s']['run'] / 60:.1f}"]
+
+
+def tries_table(rows: Sequence[Row]) -> str:
+    """Every learning rate that was tried, and in bold the one that was taken."""
+    heads = ("method", "learning rate", "validation", "held-out accuracy", "retention")
+    return _table(heads, [_try_cells(row, one) for row in rows for one in row["tries"]])
+
+
+def _try_cells(row: Row, one: Row) -> list[str]:
+    rate, figures = f"{one['lr']:g}", (one["validation"], one["accuracy"], one["retention"])
+    return [
+        _method(row),
+        f"**{rate}**" if one["is_best"] else rate + (", failed" if one["failure"] else ""),
+        *(NOTHING if figure is None else f"{figure:.3f}" for figure in figures),
+    ]
 
 
 def _method(row: Row) -> str:

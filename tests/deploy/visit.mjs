@@ -44,6 +44,11 @@ async function lookAtCharts(tab) {
   const lines = () => reward.locator("path.line").count();
   const charts = { titles: await texts(tab, "figure h2"), runs: await texts(tab, "#runs tbody td:first-child") };
   charts.facts = await texts(tab, "#runs tbody tr:first-child td");
+  charts.drawn = await tab.locator("figure").evaluateAll((figures) =>
+    Object.fromEntries(figures.map((figure) => [
+      figure.querySelector("h2").textContent,
+      [figure.querySelectorAll("path.line, rect").length, figure.querySelectorAll(".interval").length],
+    ])));
   charts.hovered = await hover(0.98);
   charts.linesOfTwo = await lines();
   await tab.locator("#runs input").last().uncheck();
@@ -77,13 +82,27 @@ async function lookAtList(tab) {
   await settle(tab);
   list.searched = await count(tab);
   list.marked = await texts(tab, "#list mark");
+  list.sample = await tab.locator("#sample").textContent();
   await tab.screenshot({ path: `${screenshots}/searched.png` });
   list.searchedAnswer = await tab.locator(".answer.chosen .text").textContent();
   await tab.fill("#search", "nobody ever said this");
   await settle(tab);
   list.nothing = [await count(tab), await tab.locator("#detail").textContent()];
+  const searched = Date.now();
+  await tab.fill("#search", "question 1: WHERE");
+  await tab.waitForFunction((before) => document.getElementById("count").textContent !== before, list.nothing[0]);
+  list.searchMs = Date.now() - searched;
+  list.searchedPrompts = await count(tab);
   await tab.fill("#search", "");
   await tab.selectOption("#kind", "answers");
+  await tab.check("#has-signal");
+  await settle(tab);
+  list.withSignal = await count(tab);
+  await tab.uncheck("#has-signal");
+  await tab.fill("#reward-to", "0.5");
+  await settle(tab);
+  list.unrewarded = await count(tab);
+  await tab.fill("#reward-to", "");
   await tab.fill("#reward-from", "0.5");
   await tab.fill("#step-to", "5");
   await settle(tab);
@@ -104,7 +123,10 @@ async function lookAtList(tab) {
   list.advantagesDown = (await column(3)).map(Number);
   await tab.click("#head button:nth-child(3)");
   list.advantagesUp = (await column(3)).map(Number);
+  const sorted = Date.now();
   await tab.click("#head button:nth-child(6)");
+  await tab.locator("#head button:nth-child(6)[aria-pressed=true]").waitFor();
+  list.sortMs = Date.now() - sorted;
   list.ratios = (await column(6)).map(Number);
   await tab.click("#head button:nth-child(1)");
   await tab.click("#head button:nth-child(1)");
