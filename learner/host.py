@@ -72,7 +72,7 @@ class Host:
             groups_per_step=config.learner.groups_per_step,
             max_staleness=config.algorithm.max_staleness,
             num_steps=config.learner.num_steps,
-            first_step=config.sft_steps,
+            first_step=config.first_group_step,
         )
         self.ledger.check_rewind()
         self._check_length()

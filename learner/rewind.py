@@ -8,7 +8,7 @@ from common.errors import OperatorError
 from common.run_dir import RunDir
 from learner.checkpoints import Checkpoints
 from learner.excerpts.folder import ExcerptFolder
-from learner.handover import CHOICE
+from learner.handover import CHOICE, Choice
 from learner.ledger.ledger import Ledger
 from learner.recorder import Recorder
 
@@ -27,7 +27,7 @@ def rewind(config: Config, run_dir: RunDir, step: int) -> str:
     checkpoints.require(step)
     ledger.begin_rewind(step)  # cut short from here on, it must be done again
     checkpoints.rewind(step)
-    if step < config.sft_steps:
+    if (choice := Choice.read(ledger.fact(CHOICE, ""))) and step < choice.step:
         ledger.set_fact(CHOICE, "")
     ExcerptFolder(run_dir.excerpts).rewind(step)
     num_dropped = ledger.rewind(step)

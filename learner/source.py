@@ -14,6 +14,7 @@ from common.wait import Wait
 from learner.expert.sampler import draw
 from learner.expert.store import ExpertStore
 from learner.ledger.history import Composition
+from learner.ledger.leases import DropReason
 from learner.ledger.ledger import Ledger
 from learner.read_ahead import ReadAhead
 from learner.schedule import mu_of
@@ -106,7 +107,7 @@ class Source:
         return self._compose(step, group_ids)
 
     def _trains_on_groups(self, step: int) -> bool:
-        return self._config.algorithm.trains_on_groups and step >= self._config.sft_steps
+        return step >= self._config.first_group_step
 
     def _compose(self, step: int, group_ids: Sequence[int]) -> Composition:
         """These groups, and the expert rows that are next."""
@@ -125,15 +126,15 @@ class Source:
         learner = self._config.learner
         limit = learner.group_timeout_s if self._has_cut else learner.start_timeout_s  # engines may still start
         wanted = self._config.learner.groups_per_step
-        wait, most = Wait("actors", limit_s=limit), -1
+        wait, before = Wait("actors", limit_s=limit), (-1, -1)
         try:
             while True:
                 with self._ledger.changed:
                     ready = self._ledger.ready(step, waits_for_oldest=self._is_paced)
                     if len(ready) == wanted:
                         return ready
-                    if (held := self._ledger.tallies.count("committed")) != most:
-                        most = held
+                    if (came := self._num_arrived()) != before:
+                        before = came
                         wait.progress()
                     self.waiting_for = f"{wanted - len(ready)} of {wanted} groups of step {step + 1}"
                     self._ledger.changed.wait(timeout=0.2)
@@ -141,6 +142,11 @@ class Source:
                 wait.check(self._describe_wait)
         finally:
             self.waiting_for = ""
+
+    def _num_arrived(self) -> tuple[int, int]:
+        """Groups held, and those that came without a signal."""
+        tallies = self._ledger.tallies
+        return tallies.count("committed"), tallies.dropped().get(DropReason.ZERO_VARIANCE, 0)
 
     def _describe_wait(self) -> str:
         dropped = ", ".join(f"{count} {why}" for why, count in self._ledger.tallies.dropped().items())

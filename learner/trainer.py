@@ -1,5 +1,6 @@
 """The trainer: one optimizer step from rows; the same numbers whether the step is new, or replayed."""
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.config.schema import Config
+from common.errors import OperatorError
 from common.weights.policy import pack_adapters
 from learner.adapters import Lora
 from learner.batch import BranchValues, build_batch, num_places, take_apart
@@ -85,12 +87,16 @@ class Trainer:
         self._engine = self._make_engine(weights=weights)
 
     def take(self, step: int, rows: Sequence[Row] | None, *, mu: float) -> Taken:
-        """Take optimizer step `step` (counted from 0); only rank 0 passes its rows, all pass μ."""
+        """Take optimizer step `step` (counted from 0); only rank 0 passes its rows, all pass μ.
+
+        Raises OperatorError, on every rank, where loss or gradient norm is not finite.
+        """
         shares = self._deal(rows) if rows is not None else []
         batches = self._ranks.deal_batches([[build_batch(some) for some in share] for share in shares] or None)
         lr, every = lr_of(self._config, step), self._config.learner.effective_mu_every_steps
         started = time.monotonic()
         report = self._engine.step(batches, mu=mu, lr=lr, measures_halves=every > 0 and step % every == 0)
+        _check_finite(step, report)
         return Taken(report, lr, time.monotonic() - started, self._collect(report.logprobs, shares))
 
     def _deal(self, rows: Sequence[Row]) -> list[list[list[Row]]]:
@@ -127,3 +133,13 @@ class Trainer:
 
     def restore(self, folder: Path) -> None:
         self._engine.restore(folder)
+
+
+def _check_finite(step: int, report: StepReport) -> None:
+    """What such a step leaves is no policy, and every checkpoint of it would push out a good one."""
+    loss, norm = report.metrics["loss"], report.metrics["grad_norm"]
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise OperatorError(
+            f"step {step + 1}: got loss {loss:g} and gradient norm {norm:g}, expected finite numbers; nothing is kept "
+            "of it: go back to a checkpoint with chord-learner --rewind and lower learner.lr"
+        )

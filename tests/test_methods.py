@@ -1,6 +1,7 @@
 """Methods as users choose them: every preset to its end from one word, and what becomes of rewards on the way."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from common.config.load import resolve_config
 from common.config.presets import PRESETS
 from common.errors import ConfigError
 from common.trajectory import NOT_SAMPLED, Trajectory, TrajectoryGroup
+from learner.host import Host
 from learner.ledger.ledger import DropReason, Ledger, Sample
 from learner.metrics import GAUGES
 from learner.objective.advantages import group_advantages
@@ -204,6 +206,43 @@ def test_nothing_is_leased_before_the_first_step_that_trains_on_groups(tmp_path:
     granted = [len(ledger.lease("a", f"s{step}", capacity=9, serving_step=step, held=())) for step in (0, 3, 4, 5)]
     assert granted == [0, 0, 4, 0]  # two steps' worth, as staleness 1 allows, which is all that 6 steps take
     ledger.close()
+
+
+@pytest.mark.parametrize("preset", MU)
+def test_prompts_are_leased_to_actors_only_where_groups_are_trained_on(
+    preset: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Nobody would ever train on, or delete, what actors were let sample beside an `sft` run."""
+    path = write_config(tmp_path, tiny_model, eval={"every_steps": 0})
+    import_experts(path)
+    host = Host(resolve_config(path, [f"algorithm.preset={preset}"]).config, on_wait=lambda: None)
+    try:
+        found = [host.ledger.lease("a", f"s{step}", capacity=9, serving_step=step, held=()) for step in range(4)]
+    finally:
+        host.close()
+    assert [step for step, granted in enumerate(found) if granted] == {"sft": [], "dft": [], "sft_then_rl": [2]}.get(
+        preset, [0, 1, 2]
+    )
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_step_that_is_not_finite_ends_the_run_and_leaves_nothing_of_itself(
+    zero_stage: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = write_config(
+        tmp_path, tiny_model, eval={"every_steps": 0},
+        learner={"lr": 1e30, "num_steps": 4, "zero_stage": zero_stage, "checkpoint_every_steps": 1},
+    )  # fmt: skip
+    import_experts(config)
+    for _ in range(2):  # a new start takes the same step again
+        ended = run_module("learner", "--config", str(config), "algorithm.preset=sft", check=False)
+        assert ended.returncode == 2, ended.stderr
+        told = r"chord-learner: step 2: got loss \S+ and gradient norm (nan|inf), expected finite .* lower learner\.lr"
+        assert re.fullmatch(told, ended.stderr.splitlines()[-1]), ended.stderr
+    folder = tmp_path / "run"
+    assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [1]
+    assert [path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()] == ["step-00000001"]
+    assert not (folder / "final").exists()
 
 
 # Configuration

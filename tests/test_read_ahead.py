@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from common.errors import OperatorError, WaitTimeout
 from common.trajectory import TrajectoryGroup
 from learner.ledger.history import Composition
-from learner.ledger.leases import GrantedLease
+from learner.ledger.leases import DropReason, GrantedLease
 from learner.rows import Row
 from learner.source import Source
 from learner.step_rows import StepReader, StepRows
@@ -160,6 +161,30 @@ def test_the_limit_of_a_wait_counts_from_when_the_train_loop_waits(
     with pytest.raises(WaitTimeout, match="1 of 2 groups of step 2"):
         source.next_rows(1)
     assert time.monotonic() - started >= 0.3
+    source.close()
+
+
+def test_groups_without_a_signal_that_keep_coming_do_not_end_a_wait(
+    bench: Callable[..., Bench], group: TrajectoryGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, now_s = bench("algorithm.max_staleness=4", "learner.start_timeout_s=1"), 0.0
+    monkeypatch.setattr("common.wait.time", SimpleNamespace(monotonic=lambda: now_s))
+
+    def deliver() -> None:
+        nonlocal now_s
+        now_s += 0.75
+        if now_s < 9:
+            (granted,) = lease(made, 1)
+            made.ledger.commit(granted.lease_id, blob_of(group), SAMPLE, drop=DropReason.ZERO_VARIANCE)
+        elif now_s < 15:
+            (granted,) = lease(made, 1)
+            made.ledger.expire_lease(granted.lease_id)
+
+    reader = StepReader(made.config, made.ledger.history, made.experts, made.chat)
+    source = Source(made.config, made.ledger, made.experts, reader, describe_peers=lambda: "nobody", check=deliver)
+    with pytest.raises(WaitTimeout, match=r"2 of 2 groups of step 1 .*dropped so far: 11 zero_variance"):
+        source.next_rows(0)  # actors that fail, on the other hand, do not keep it waiting
+    assert 9 < now_s < 12
     source.close()
 
 

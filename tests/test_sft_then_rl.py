@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -201,6 +202,18 @@ def start_learner_and_stop_it_once(
 def test_both_phases_are_repeated_bit_for_bit(two_phases: Path) -> None:
     replayed = run_module("learner", "--replay", str(two_phases)).stdout
     assert f"replayed steps 1 to {NUM_STEPS}: bit for bit, {NUM_STEPS} versions" in replayed
+
+
+def test_a_rewind_to_before_the_switch_forgets_who_went_on_whatever_configuration_it_is_told(
+    two_phases: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(two_phases, folder)
+    chosen = "SELECT value FROM facts WHERE name = 'handover'"
+    ((before,),) = ledger_rows(folder, chosen)
+    assert json.loads(str(before))["step"] == SFT_STEPS
+    run_module("learner", "--rewind", "0", f"run.dir={folder}")
+    assert ledger_rows(folder, chosen) == [("",)]
 
 
 def test_a_run_that_was_stopped_before_the_first_groups_of_its_second_phase_is_repeated_bit_for_bit(

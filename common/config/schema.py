@@ -298,6 +298,11 @@ class Config(Section):
         return self.learner.num_steps // 2 if steps is None else steps
 
     @property
+    def first_group_step(self) -> int:
+        """The first optimizer step that trains on groups, counted from 0; learner.num_steps where none does."""
+        return self.sft_steps if self.algorithm.trains_on_groups else self.learner.num_steps
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """By key, what a step must be taken with again when it is replayed."""
         values = self.model_dump(mode="json", include=RECIPE)
