@@ -323,6 +323,20 @@ def test_evaluations_are_owed_once_and_finished_once(open_ledger: Callable[..., 
     assert ledger.account.num_evaluated_tasks() == 2
 
 
+def test_a_waived_evaluation_is_never_owed_again_and_leaves_no_line(open_ledger: Callable[..., Ledger]) -> None:
+    ledger = open_ledger()
+    ledger.evaluations.owe(2)
+    assert ledger.evaluations.waive(2)
+    assert not ledger.evaluations.waive(4)
+    for step in (2, 4):
+        assert not ledger.evaluations.owe(step)
+        assert ledger.evaluations.finish(step, [{"task": "sums"}]) is Outcome.REDELIVERED
+    ledger.evaluations.owe(6)
+    ledger.evaluations.finish(6, [{"task": "sums"}])
+    assert not ledger.evaluations.waive(6), "expected what was evaluated to stay so"
+    assert ledger.account.evaluations() == [{"task": "sums"}]
+
+
 def test_a_version_s_earlier_hashes_stay_on_record(open_ledger: Callable[..., Ledger], tmp_path: Path) -> None:
     ledger = open_ledger()
     assert [ledger.note_version(3, hash) for hash in ("a", "b", "b", "a", "c")] == ["a", "a", "b", "b", "a"]

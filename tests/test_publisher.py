@@ -276,6 +276,15 @@ def test_an_evaluation_stays_sound_where_its_version_comes_out_otherwise_later(s
     assert audit(RunDir(start.folder)).violations == [expected]
 
 
+def test_an_owed_version_that_comes_out_otherwise_takes_the_pin_of_what_it_was(start: Start) -> None:
+    for step in (0, 2):
+        start.publish(step, float(step))
+    assert start.server.num_pinned == 2
+    start.publish(2, 2.5, is_announced=False)
+    assert start.publisher.owed_steps == [0, 2]
+    assert start.server.num_pinned == 2
+
+
 def test_the_summary_tells_of_every_task_and_of_the_first_by_name(start: Start) -> None:
     for step, right in ((0, (1, 3)), (2, (2, 2)), (9, (3, 0))):
         start.publish(step, float(step))

@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from common.config.load import resolve_config
 from common.errors import OperatorError
+from common.run_dir import RunDir
 from common.version import Version
 from common.weights.server import WeightServer
 from common.weights.snapshot import write_snapshot
-from common.wire.messages import EvaluationResult, TaskScore
+from common.wire.messages import EvaluationResult, Outcome, TaskScore
 from common.wire.sockets import SocketLimits
-from learner.handover import Choice, Handover, require_kept_policy
+from learner.audit.audit import audit as run_audit
+from learner.handover import Choice, Handover, kept_policy, require_kept_policy
 from learner.ledger.ledger import Ledger
 from learner.publisher import Publisher
 from learner.ranks import Ranks
@@ -144,6 +146,16 @@ class Phase:
             self.publisher.publish({"x": torch.full((4,), step + off_by)}, step)
             self.publisher.settle()
 
+    def hand_over(self, chosen: int) -> None:
+        """Publish the chosen policy in the place of the last."""
+        step = self.config.sft_steps
+        self.publisher.publish(load_file(kept_policy(self.config, chosen)), step, replaces=True)
+        self.publisher.settle()
+
+    def start_again(self) -> "Phase":
+        self.close()
+        return Phase(self.folder)
+
     def evaluate(self, *num_correct: int) -> None:
         """Of ten problems, by the oldest versions that are owed."""
         for right in num_correct:
@@ -205,6 +217,59 @@ def test_the_chosen_policy_is_the_one_that_was_kept_though_a_replay_gives_its_ve
 
 def test_a_choice_of_an_older_run_is_read() -> None:
     assert Choice.read('{"step": 10, "hash": "aa", "chosen": 4}') == Choice(10, "aa", 4)
+
+
+@pytest.mark.parametrize("is_killed_before", [False, True], ids=["goes on", "is killed before the chosen is published"])
+def test_the_last_policy_s_late_evaluation_is_left_out_where_another_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_killed_before: bool
+) -> None:
+    phase = Phase(tmp_path)
+    phase.publish(range(11))
+    phase.evaluate(1, 9, 3)
+    late = phase.publisher.evaluation()
+    assert late
+    assert late.step == phase.config.sft_steps
+    assert phase.handover.choose(phase.publisher.settle()) == 1
+    if is_killed_before:
+        phase = phase.start_again()
+        assert phase.publisher.owed_steps == [late.step]
+    phase.hand_over(1)
+    assert (phase.publisher.owed_steps, phase.publisher.evaluation(), phase.server.num_pinned) == ([], None, 0)
+    assert caplog.text.count("which was not evaluated in time and will not be") == 1
+    for _ in range(2):  # after a kill the step is replayed, or begins that start
+        assert phase.publisher.finish_evaluation(result_of(late, 10)) is Outcome.REDELIVERED
+        phase = phase.start_again()
+        assert phase.publisher.owed_steps == []
+        phase.hand_over(1)
+        assert phase.publisher.owed_steps == []
+        phase = phase.start_again()
+        phase.publisher.publish(load_file(kept_policy(phase.config, 1)), late.step)
+        phase.publisher.settle()
+        assert phase.publisher.owed_steps == []
+    assert [line["step"] for line in read_lines(tmp_path / "eval.jsonl")] == [0, 1, 2]
+    assert run_audit(RunDir(tmp_path)).violations == []
+    phase.close()
+
+
+def test_the_last_policy_s_evaluation_counts_where_it_came_in_time_or_before_the_chosen_was_published(
+    phase: Phase,
+) -> None:
+    phase.publish(range(11))
+    phase.evaluate(1, 9, 3)
+    phase.handover.choose(phase.publisher.settle())
+    phase.evaluate(4)
+    phase.hand_over(1)
+    assert [(line["step"], line["accuracy"]) for line in read_lines(phase.folder / "eval.jsonl")][-1] == (10, 0.4)
+    assert run_audit(RunDir(phase.folder)).violations == []
+
+
+def test_the_last_policy_is_evaluated_where_it_is_the_one_that_goes_on(phase: Phase) -> None:
+    phase.publish(range(11))
+    phase.evaluate(1, 3, 3, 9)
+    assert phase.handover.choose(phase.publisher.settle()) == phase.config.sft_steps
+    phase.hand_over(phase.config.sft_steps)
+    assert [line["step"] for line in read_lines(phase.folder / "eval.jsonl")] == [0, 1, 2, 10]
+    assert run_audit(RunDir(phase.folder)).violations == []
 
 
 def start_learner_and_stop_it_once(

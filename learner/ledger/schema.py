@@ -104,7 +104,7 @@ CREATE TABLE IF NOT EXISTS replaced_versions (
 
 CREATE TABLE IF NOT EXISTS evaluations (
     step INTEGER PRIMARY KEY,
-    result TEXT,                -- JSON list of its lines of eval.jsonl, one for each task; NULL while it is owed
+    result TEXT,                -- JSON list of its lines of eval.jsonl, one a task, none if waived; NULL while owed
     {_digest("evaluations")}
 );
 
