@@ -140,7 +140,9 @@ class Conductor:
         if self._host:
             with suppress(Stopped):
                 chosen = self._host.choose_policy(self._host.publisher.settle()) if is_new else chosen
-                require_kept_policy(self._config, chosen, self._host.ledger.history.version_hashes())
+                choice = self._host.handover.choice
+                assert choice, "just made, or read above"
+                require_kept_policy(self._config, choice, self._host.ledger.history)
         chosen = int(self._ranks.share_number(chosen))
         if chosen < 0:
             return False

@@ -14,6 +14,7 @@ from common.config.schema import Config
 from common.errors import OperatorError
 from common.weights.snapshot import Snapshot, read_snapshot
 from learner.durable import link_or_copy, sync
+from learner.ledger.history import History
 from learner.ledger.ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -36,24 +37,29 @@ class Choice:
     """Of the version that it ended with, and that was evaluated as version `step`."""
     chosen: int
     """The version whose weights went on, as version `step`."""
+    chosen_hash: str = ""
+    """Of the chosen version as it was kept: a replay may give it other bits. Choices of older runs lack it."""
 
     @classmethod
     def read(cls, noted: str | None) -> "Choice | None":
         return cls(**json.loads(noted)) if noted else None
 
 
-def require_kept_policy(config: Config, chosen: int, hashes: Mapping[int, str]) -> Path:
-    """The file of the policy that goes on. Raises OperatorError where it is not the one that was published."""
-    path, expected = kept_policy(config, chosen), hashes.get(chosen)
+def require_kept_policy(config: Config, choice: Choice, history: History) -> Path:
+    """The file of the policy that goes on. Raises OperatorError where it is not the one that was chosen."""
+    chosen = choice.chosen
+    path, expected = kept_policy(config, chosen), {choice.chosen_hash}
+    if not choice.chosen_hash:
+        expected = {*history.replaced_hashes(chosen), history.version_hashes().get(chosen, "of no version")}
     try:
         snapshot = read_snapshot(path, run_id="", incarnation=0, step=chosen, chunk_bytes=config.network.chunk_bytes)
         found = snapshot.version.hash
     except FileNotFoundError:
         found = "no file"
-    if found != expected:
+    if found not in expected:
         raise OperatorError(
-            f"{path}: got {found}, expected version {chosen} with hash {expected}: restore run.dir, or go back before "
-            "it with chord-learner --rewind"
+            f"{path}: got {found}, expected version {chosen} with hash {' or '.join(sorted(expected))}: restore "
+            "run.dir, or go back before it with chord-learner --rewind"
         )
     return path
 
@@ -102,7 +108,8 @@ class Handover:
                 )
             chosen = max(accuracies, key=lambda step: (accuracies[step], step))
             log.info("version %d goes on: its held-out accuracy of %.3f is the best", chosen, accuracies[chosen])
-        choice = Choice(last.version.step, last.version.hash, chosen)
+        hashes = self._ledger.history.version_hashes()
+        choice = Choice(last.version.step, last.version.hash, chosen, hashes[chosen])
         self._ledger.set_fact(CHOICE, json.dumps(asdict(choice)))
         self._forget_all_but({chosen})
         return chosen

@@ -169,17 +169,28 @@ class Publisher:
             self._server.offer(snapshot, pin=True)
         else:
             snapshot.path.unlink()
-        if is_owed:  # not before it can be fetched
-            with self._lock:
+        with self._lock:  # not before it can be fetched
+            before = self._owed.get(step)
+            if before and before.hash != snapshot.version.hash:
+                self._server.unpin(self._owed.pop(step))
+            if is_owed:
                 self._owed[step] = snapshot.version
         return snapshot
 
     def _note(self, snapshot: Snapshot, *, replaces: bool) -> None:
-        """Compare with what is on record of that step."""
+        """Compare with what is on record of that step.
+
+        An evaluation that is owed of the policy before is waived for good: it would score its successor in its place.
+        """
         version = snapshot.version
         is_first, self._hashes[version.step] = not self._hashes, version.hash
-        noted = self._ledger.note_version(version.step, version.hash)
-        if noted == version.hash or replaces:
+        with self._ledger.transaction():
+            noted = self._ledger.note_version(version.step, version.hash)
+            is_other = noted != version.hash
+            is_waived = is_other and replaces and self._ledger.evaluations.waive(version.step)
+        if is_waived:
+            log.warning("%s takes the place of %s, which was not evaluated in time and will not be", version, noted[:8])
+        if replaces or not is_other:
             return
         if is_first:
             raise OperatorError(

@@ -92,7 +92,7 @@ class Replay:
     def _hand_over(self, trainer: Trainer, choice: Choice) -> int:
         """Go on with the policy that the run went on with; the run may have ended before it was published anew."""
         num_compared = self._compare(trainer, choice.step, choice.hash)
-        trainer.begin_anew(require_kept_policy(self._config, choice.chosen, self._recorded))
+        trainer.begin_anew(require_kept_policy(self._config, choice, self._history))
         if (recorded := self._recorded.get(choice.step)) != choice.hash:
             self._compare(trainer, choice.step, recorded)
         return num_compared

@@ -323,6 +323,47 @@ def test_evaluations_are_owed_once_and_finished_once(open_ledger: Callable[..., 
     assert ledger.account.num_evaluated_tasks() == 2
 
 
+def test_a_waived_evaluation_is_never_owed_again_and_leaves_no_line(open_ledger: Callable[..., Ledger]) -> None:
+    ledger = open_ledger()
+    ledger.evaluations.owe(2)
+    assert ledger.evaluations.waive(2)
+    assert not ledger.evaluations.waive(4)
+    for step in (2, 4):
+        assert not ledger.evaluations.owe(step)
+        assert ledger.evaluations.finish(step, [{"task": "sums"}]) is Outcome.REDELIVERED
+    ledger.evaluations.owe(6)
+    ledger.evaluations.finish(6, [{"task": "sums"}])
+    assert not ledger.evaluations.waive(6), "expected what was evaluated to stay so"
+    assert ledger.account.evaluations() == [{"task": "sums"}]
+
+
+def test_a_version_s_earlier_hashes_stay_on_record(open_ledger: Callable[..., Ledger], tmp_path: Path) -> None:
+    ledger = open_ledger()
+    assert [ledger.note_version(3, hash) for hash in ("a", "b", "b", "a", "c")] == ["a", "a", "b", "b", "a"]
+    assert ledger.history.version_hashes() == {3: "c"}
+    assert ledger.history.replaced_hashes(3) == {"a", "b"}
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as database:
+        database.create_function("row_digest", -1, lambda *_: b"forged", deterministic=True)
+        database.execute("UPDATE replaced_versions SET hash = 'd' WHERE hash = 'a'")
+    with pytest.raises(OperatorError, match=r"is damaged \(1 rows of replaced_versions"):
+        open_ledger()
+
+
+def test_a_ledger_from_before_earlier_hashes_were_kept_is_read_and_gone_on_with(
+    open_ledger: Callable[..., Ledger], tmp_path: Path
+) -> None:
+    ledger = open_ledger()
+    ledger.note_version(3, "a")
+    ledger._db.execute("DROP TABLE replaced_versions")
+    ledger.close()
+    database = Database(tmp_path / "ledger.sqlite", is_read_only=True)
+    assert (History(database).version_hashes(), History(database).replaced_hashes(3)) == ({3: "a"}, set())
+    database.close()
+    ledger = open_ledger()
+    ledger.note_version(3, "b")
+    assert ledger.history.replaced_hashes(3) == {"a"}
+
+
 def test_auditors_read_a_view_of_fixed_columns(open_ledger: Callable[..., Ledger], tmp_path: Path) -> None:
     ledger = open_ledger(groups_per_step=1, max_staleness=2)
     one, two = lease(ledger, capacity=2)
@@ -511,7 +552,8 @@ def test_a_rewind_drops_what_came_later_and_leases_its_prompts_again(open_ledger
         commit(ledger, one)
         if step < 3:
             train(ledger, step)
-    ledger.note_version(2, "two")
+    for step, hash in ((1, "one"), (2, "two"), (1, "one again"), (2, "two again")):
+        ledger.note_version(step, hash)
     ledger.evaluations.owe(2)
     ledger.close()
     ledger = open_ledger(groups_per_step=1, max_staleness=3)
@@ -519,6 +561,7 @@ def test_a_rewind_drops_what_came_later_and_leases_its_prompts_again(open_ledger
     assert ledger.account.counts() == GroupCounts(trained=1, dropped=3)
     assert (ledger.account.num_lost(), ledger.account.num_duplicates(), ledger.evaluations.owed()) == (0, 0, [])
     assert ledger.history.batch(1) is None
+    assert [ledger.history.replaced_hashes(step) for step in (1, 2)] == [{"one"}, set()]
     assert [one.prompt_index for one in lease(ledger, capacity=4, serving=1)] == [1, 2, 3, 4]
 
 

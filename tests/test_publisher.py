@@ -10,12 +10,14 @@ import torch
 import zmq
 
 from common.errors import OperatorError, WaitTimeout
+from common.run_dir import RunDir
 from common.version import Version
 from common.weights.client import WeightClient
 from common.weights.server import WeightServer
 from common.weights.snapshot import Snapshot
 from common.wire.messages import EvaluationResult, Outcome, TaskScore
 from common.wire.sockets import SocketLimits
+from learner.audit.audit import audit
 from learner.ledger.ledger import Ledger
 from learner.publisher import Publisher
 from learner.recorder import Recorder
@@ -247,6 +249,40 @@ def test_a_result_for_other_weights_is_refused(start: Start) -> None:
     other = version.model_copy(update={"hash": "0" * len(version.hash)})
     assert start.publisher.finish_evaluation(result_for(other, 1, 3)) is Outcome.REFUSED
     assert start.publisher.owed_steps == [0]
+
+
+def test_an_evaluation_stays_sound_where_its_version_comes_out_otherwise_later(start: Start) -> None:
+    start.publish(0, 0.0)
+    start.publish(2, 2.0)
+    for _ in range(2):
+        version = start.publisher.evaluation()
+        assert version
+        start.publisher.finish_evaluation(result_for(version, 1, 3))
+    start.close()
+    for value in (2.5, 2.75):
+        again = Start(start.folder)
+        again.publish(0, 0.0, is_announced=False)
+        again.publish(2, value, is_announced=False)
+        again.close()
+    assert audit(RunDir(start.folder)).violations == []
+    ledger = Ledger(start.folder / "ledger.sqlite", groups_per_step=1, max_staleness=0)
+    ledger.evaluations.owe(4)
+    ledger.note_version(4, "some")
+    line = {"step": 4, "task": "sums", "version_hash": "other"}
+    ledger.evaluations.finish(4, [line])
+    Recorder(start.folder, ledger).restore()
+    ledger.close()
+    expected = "evaluations: that of version 4 on sums was made with other weights"
+    assert audit(RunDir(start.folder)).violations == [expected]
+
+
+def test_an_owed_version_that_comes_out_otherwise_takes_the_pin_of_what_it_was(start: Start) -> None:
+    for step in (0, 2):
+        start.publish(step, float(step))
+    assert start.server.num_pinned == 2
+    start.publish(2, 2.5, is_announced=False)
+    assert start.publisher.owed_steps == [0, 2]
+    assert start.server.num_pinned == 2
 
 
 def test_the_summary_tells_of_every_task_and_of_the_first_by_name(start: Start) -> None:

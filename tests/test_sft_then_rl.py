@@ -8,20 +8,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import zmq
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from common.config.load import resolve_config
+from common.errors import OperatorError
+from common.run_dir import RunDir
+from common.version import Version
 from common.weights.server import WeightServer
 from common.weights.snapshot import write_snapshot
-from common.wire.messages import EvaluationResult, TaskScore
+from common.wire.messages import EvaluationResult, Outcome, TaskScore
 from common.wire.sockets import SocketLimits
-from learner.handover import Handover
+from learner.audit.audit import audit as run_audit
+from learner.handover import Choice, Handover, kept_policy, require_kept_policy
 from learner.ledger.ledger import Ledger
 from learner.publisher import Publisher
 from learner.ranks import Ranks
@@ -111,36 +116,53 @@ def test_a_run_without_a_supervised_phase_keeps_no_policy_aside(tmp_path: Path) 
     assert not (tmp_path / "sft").exists()
 
 
+def result_of(version: Version, num_correct: int) -> EvaluationResult:
+    """Of ten problems."""
+    score = TaskScore(
+        task="sums", num_problems=10, samples_per_problem=1, num_correct=num_correct, num_unparsed=0, num_truncated=0,
+        confidence_95=(0.0, 1.0), pass_at_k={"1": num_correct / 10}, categories={}, mean_score=num_correct / 10,
+        mean_answer_tokens=3.0, wall_s=0.5,
+    )  # fmt: skip
+    return EvaluationResult(version=version, scores=(score,))
+
+
 class Phase:
     """A supervised phase of ten steps whose best policy goes on, as far as its publisher goes."""
 
     def __init__(self, folder: Path) -> None:
         keys = ["learner.num_steps=20", "eval.every_steps=1", "algorithm.sft_ends_with=best", f"run.dir={folder}"]
         config = resolve_config(None, ["model.path=m", "algorithm.preset=sft_then_rl", *keys]).config
-        self.folder = folder
+        self.folder, self.config = folder, config
         self.ledger = Ledger(folder / "ledger.sqlite", groups_per_step=1, max_staleness=1)
         self.server = WeightServer(zmq.Context.instance(), host="127.0.0.1", port=0, limits=SocketLimits(1, 4, 1 << 20))
+        self.handover = Handover(config, self.ledger)
         self.publisher = Publisher(
             folder / "weights", self.server, self.ledger, Recorder(folder, self.ledger), every_steps=1,
-            last_steps={config.sft_steps}, chunk_bytes=1 << 20, timeout_s=60, keep=Handover(config, self.ledger).keep,
+            last_steps={config.sft_steps}, chunk_bytes=1 << 20, timeout_s=60, keep=self.handover.keep,
         )  # fmt: skip
 
-    def publish(self, steps: range) -> None:
+    def publish(self, steps: range, *, off_by: float = 0.0) -> None:
+        """`off_by`: where a machine does not compute the same step alike twice."""
         for step in steps:
-            self.publisher.publish({"x": torch.full((4,), float(step))}, step)
+            self.publisher.publish({"x": torch.full((4,), step + off_by)}, step)
             self.publisher.settle()
+
+    def hand_over(self, chosen: int) -> None:
+        """Publish the chosen policy in the place of the last."""
+        step = self.config.sft_steps
+        self.publisher.publish(load_file(kept_policy(self.config, chosen)), step, replaces=True)
+        self.publisher.settle()
+
+    def start_again(self) -> "Phase":
+        self.close()
+        return Phase(self.folder)
 
     def evaluate(self, *num_correct: int) -> None:
         """Of ten problems, by the oldest versions that are owed."""
         for right in num_correct:
             version = self.publisher.evaluation()
             assert version
-            score = TaskScore(
-                task="sums", num_problems=10, samples_per_problem=1, num_correct=right, num_unparsed=0, num_truncated=0,
-                confidence_95=(0.0, 1.0), pass_at_k={"1": right / 10}, categories={}, mean_score=right / 10,
-                mean_answer_tokens=3.0, wall_s=0.5,
-            )  # fmt: skip
-            self.publisher.finish_evaluation(EvaluationResult(version=version, scores=(score,)))
+            self.publisher.finish_evaluation(result_of(version, right))
 
     def kept(self) -> list[int]:
         return sorted(int(path.stem) for path in (self.folder / "sft").iterdir())
@@ -175,6 +197,80 @@ def test_the_best_so_far_is_kept_with_those_whose_evaluation_is_owed(phase: Phas
     phase.evaluate(5, 2)
     phase.publish(range(7, 8))
     assert phase.kept() == [3, 5, 7], "expected the later of two that are equally good"
+
+
+def test_the_chosen_policy_is_the_one_that_was_kept_though_a_replay_gives_its_version_other_bits(phase: Phase) -> None:
+    phase.publish(range(11))
+    phase.evaluate(1, 9, 3)
+    assert phase.handover.choose(phase.publisher.settle()) == 1
+    phase.publish(range(3), off_by=0.5)
+    choice, history = phase.handover.choice, phase.ledger.history
+    assert choice
+    kept = require_kept_policy(phase.config, choice, history)
+    assert load_file(kept)["x"].tolist() == [1.0] * 4
+    of_an_older_run = replace(choice, chosen_hash="")
+    assert require_kept_policy(phase.config, of_an_older_run, history) == kept
+    kept.write_bytes(kept.read_bytes()[:-1] + b"!")
+    for one in (choice, of_an_older_run):
+        with pytest.raises(OperatorError, match=r"00000001\.safetensors: got .* expected version 1 with hash"):
+            require_kept_policy(phase.config, one, history)
+
+
+def test_a_choice_of_an_older_run_is_read() -> None:
+    assert Choice.read('{"step": 10, "hash": "aa", "chosen": 4}') == Choice(10, "aa", 4)
+
+
+@pytest.mark.parametrize("is_killed_before", [False, True], ids=["goes on", "is killed before the chosen is published"])
+def test_the_last_policy_s_late_evaluation_is_left_out_where_another_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_killed_before: bool
+) -> None:
+    phase = Phase(tmp_path)
+    phase.publish(range(11))
+    phase.evaluate(1, 9, 3)
+    late = phase.publisher.evaluation()
+    assert late
+    assert late.step == phase.config.sft_steps
+    assert phase.handover.choose(phase.publisher.settle()) == 1
+    if is_killed_before:
+        phase = phase.start_again()
+        assert phase.publisher.owed_steps == [late.step]
+    phase.hand_over(1)
+    assert (phase.publisher.owed_steps, phase.publisher.evaluation(), phase.server.num_pinned) == ([], None, 0)
+    assert caplog.text.count("which was not evaluated in time and will not be") == 1
+    for _ in range(2):  # after a kill the step is replayed, or begins that start
+        assert phase.publisher.finish_evaluation(result_of(late, 10)) is Outcome.REDELIVERED
+        phase = phase.start_again()
+        assert phase.publisher.owed_steps == []
+        phase.hand_over(1)
+        assert phase.publisher.owed_steps == []
+        phase = phase.start_again()
+        phase.publisher.publish(load_file(kept_policy(phase.config, 1)), late.step)
+        phase.publisher.settle()
+        assert phase.publisher.owed_steps == []
+    assert [line["step"] for line in read_lines(tmp_path / "eval.jsonl")] == [0, 1, 2]
+    assert run_audit(RunDir(tmp_path)).violations == []
+    phase.close()
+
+
+def test_the_last_policy_s_evaluation_counts_where_it_came_in_time_or_before_the_chosen_was_published(
+    phase: Phase,
+) -> None:
+    phase.publish(range(11))
+    phase.evaluate(1, 9, 3)
+    phase.handover.choose(phase.publisher.settle())
+    phase.evaluate(4)
+    phase.hand_over(1)
+    assert [(line["step"], line["accuracy"]) for line in read_lines(phase.folder / "eval.jsonl")][-1] == (10, 0.4)
+    assert run_audit(RunDir(phase.folder)).violations == []
+
+
+def test_the_last_policy_is_evaluated_where_it_is_the_one_that_goes_on(phase: Phase) -> None:
+    phase.publish(range(11))
+    phase.evaluate(1, 3, 3, 9)
+    assert phase.handover.choose(phase.publisher.settle()) == phase.config.sft_steps
+    phase.hand_over(phase.config.sft_steps)
+    assert [line["step"] for line in read_lines(phase.folder / "eval.jsonl")] == [0, 1, 2, 10]
+    assert run_audit(RunDir(phase.folder)).violations == []
 
 
 def start_learner_and_stop_it_once(

@@ -255,7 +255,7 @@ def _lines(path: Path, earlier: Lines, expected: list[dict[str, Any]], slack: in
 
 
 def _versions(account: Account, history: History, choice: Choice | None) -> Iterator[str]:
-    """Every step taken made a version, and what was evaluated is one."""
+    """Every step taken made a version, and what was evaluated is one, or was before a replay gave other bits."""
     hashes = history.version_hashes()
     for step in range(1, len(account.records())):
         if step not in hashes:
@@ -263,7 +263,7 @@ def _versions(account: Account, history: History, choice: Choice | None) -> Iter
     for line in account.evaluations():
         was_replaced = choice is not None and choice.step == line["step"]
         expected = choice.hash if choice and was_replaced else hashes.get(line["step"])
-        if expected != line["version_hash"]:
+        if line["version_hash"] not in {expected, *history.replaced_hashes(line["step"])}:
             yield f"evaluations: that of version {line['step']} on {line['task']} was made with other weights"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from common.errors import OperatorError
 from learner.ledger.bodies import Bodies
 from learner.ledger.mark import Mark
-from learner.ledger.schema import DIGESTED, SCHEMA_VERSION, TABLES, row_digest
+from learner.ledger.schema import ADDED, DIGESTED, SCHEMA_VERSION, TABLES, row_digest
 
 DISK_ERRORS = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_BUSY")
 
@@ -59,6 +59,9 @@ class Database:
         """False where a crash came before the first transaction."""
         return self.count("SELECT count(*) FROM sqlite_schema") > 0
 
+    def has_table(self, name: str) -> bool:
+        return self.count("SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = ?", (name,)) == 1
+
     def _check_pages(self) -> None:
         faults = [fault for (fault,) in self._db.execute("PRAGMA integrity_check(1)")]
         if faults != ["ok"]:
@@ -71,6 +74,8 @@ class Database:
         if (schema := found.get("schema", SCHEMA_VERSION)) != SCHEMA_VERSION:
             raise OperatorError(f"{self.path}: got ledger schema {schema}, expected {SCHEMA_VERSION}")
         for table in DIGESTED:
+            if table in ADDED and not self.has_table(table):
+                continue
             if num_bad := self.num_damaged(table):
                 raise OperatorError(
                     f"{self.path}: is damaged ({num_bad} rows of {table} are not those that were written), expected a "

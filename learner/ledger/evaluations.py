@@ -18,7 +18,7 @@ class Evaluations:
         self._changed = changed
 
     def owe(self, step: int) -> bool:
-        """Note that version `step` is to be evaluated; False where it has been."""
+        """Note that version `step` is to be evaluated; False where it has been, or was waived."""
         with self._db.transaction():
             self._db.execute("INSERT OR IGNORE INTO evaluations VALUES (?, NULL)", (step,))
             return self._db.count("SELECT count(*) FROM evaluations WHERE step = ? AND result IS NULL", (step,)) == 1
@@ -28,6 +28,13 @@ class Evaluations:
         with self._db.lock:
             rows = self._db.execute("SELECT step FROM evaluations WHERE result IS NULL ORDER BY step")
             return [step for (step,) in rows]
+
+    def waive(self, step: int) -> bool:
+        """Note that version `step` will never be evaluated, where it has not been; whether it was owed until now."""
+        with self._db.transaction():
+            owed = self._db.execute("UPDATE evaluations SET result = '[]' WHERE step = ? AND result IS NULL", (step,))
+            self._db.execute("INSERT OR IGNORE INTO evaluations VALUES (?, '[]')", (step,))
+            return owed.rowcount == 1
 
     def finish(self, step: int, lines: Sequence[Mapping[str, Any]]) -> Outcome:
         """Note a result, a line for each task; the first one counts."""

@@ -59,6 +59,14 @@ class History:
         with self._db.lock:
             return dict(self._db.execute("SELECT step, hash FROM versions").fetchall())
 
+    def replaced_hashes(self, step: int) -> set[str]:
+        """Those that version `step` had before it came out otherwise, or another policy took its place."""
+        if not self._db.has_table("replaced_versions"):
+            return set()
+        with self._db.lock:
+            rows = self._db.execute("SELECT hash FROM replaced_versions WHERE step = ?", (step,))
+            return {hash for (hash,) in rows}
+
     def first_whole_step(self) -> int:
         """The step from which on all groups trained are kept."""
         return self._db.count(

@@ -184,9 +184,14 @@ class Ledger(Leases):
             return noted.rowcount == 1
 
     def note_version(self, step: int, hash: str) -> str:
-        """Note the hash of a published version; returns the one noted before, which a replay ought to give again."""
+        """Note the hash of a published version; returns the one noted before, which a replay ought to give again.
+
+        One that differs stays on record as replaced: evaluations were made with it.
+        """
         with self._db.transaction():
             row = self._db.execute("SELECT hash FROM versions WHERE step = ?", (step,)).fetchone()
+            if row and row[0] != hash:
+                self._db.execute("INSERT OR IGNORE INTO replaced_versions VALUES (?, ?)", (step, row[0]))
             self._db.execute("REPLACE INTO versions VALUES (?, ?)", (step, hash))
             return row[0] if row else hash
 
@@ -231,6 +236,7 @@ class Ledger(Leases):
             self._db.executemany("DELETE FROM bodies WHERE group_id = ?", dropped)
             self._db.execute("DELETE FROM batches WHERE step >= ?", (step,))
             self._db.execute("DELETE FROM versions WHERE step > ?", (step,))
+            self._db.execute("DELETE FROM replaced_versions WHERE step > ?", (step,))
             self._db.execute("DELETE FROM evaluations WHERE step > ?", (step,))
             self._db.set_fact(REWINDING, "")
             self._db.increase(REWINDS)

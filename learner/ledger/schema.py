@@ -15,9 +15,13 @@ DIGESTED = {
     "bodies": "group_id, file, start, size, hash",
     "batches": "step, group_ids, expert_row_ids, expert_cursor, record",
     "versions": "step, hash",
+    "replaced_versions": "step, hash",
     "evaluations": "step, result",
 }
 """Table → the columns that its digest covers: all of them."""
+
+ADDED = {"replaced_versions"}
+"""Tables that came later: a ledger of this schema that no learner has opened since lacks them."""
 
 
 def row_digest(*values: object) -> bytes:
@@ -90,9 +94,17 @@ CREATE TABLE IF NOT EXISTS batches (
 -- The hash of every published version.
 CREATE TABLE IF NOT EXISTS versions (step INTEGER PRIMARY KEY, hash TEXT NOT NULL, {_digest("versions")});
 
+-- What `versions` held before: a replay may give other bits, and a handover puts another policy in its place.
+CREATE TABLE IF NOT EXISTS replaced_versions (
+    step INTEGER NOT NULL,
+    hash TEXT NOT NULL,
+    {_digest("replaced_versions")},
+    PRIMARY KEY (step, hash)
+) WITHOUT ROWID;
+
 CREATE TABLE IF NOT EXISTS evaluations (
     step INTEGER PRIMARY KEY,
-    result TEXT,                -- JSON list of its lines of eval.jsonl, one for each task; NULL while it is owed
+    result TEXT,                -- JSON list of its lines of eval.jsonl, one a task, none if waived; NULL while owed
     {_digest("evaluations")}
 );
 
