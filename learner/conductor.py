@@ -180,6 +180,7 @@ class Conductor:
         parameters_hash = self._trainer.parameters_hash()
         self._ranks.barrier()
         if self._host:
+            self._host.publisher.settle()  # a start from the checkpoint compares with what is noted of its version
             self._checkpoints.finish(step, parameters_hash=parameters_hash)
             self._host.recorder.prometheus.checkpoint_s.observe(time.monotonic() - began)
             if not self._config.learner.keep_arrivals:

@@ -187,21 +187,20 @@ class Publisher:
         with self._ledger.transaction():
             noted = self._ledger.note_version(version.step, version.hash)
             is_other = noted != version.hash
+            if is_other and is_first and not replaces:  # in here, so that what was noted stays
+                raise OperatorError(
+                    f"{version}: expected hash {noted[:8]}, as when it was published: model.path or the checkpoint is "
+                    "not the one that this run was trained with"
+                )
             is_waived = is_other and replaces and self._ledger.evaluations.waive(version.step)
         if is_waived:
             log.warning("%s takes the place of %s, which was not evaluated in time and will not be", version, noted[:8])
-        if replaces or not is_other:
-            return
-        if is_first:
-            raise OperatorError(
-                f"{version}: expected hash {noted[:8]}, as when it was published: model.path or the checkpoint is not "
-                "the one that this run was trained with"
+        if is_other and not replaces:
+            log.warning(
+                "%s came out otherwise than before (%s): this machine does not compute the same step alike twice",
+                version,
+                noted[:8],
             )
-        log.warning(
-            "%s came out otherwise than before (%s): this machine does not compute the same step alike twice",
-            version,
-            noted[:8],
-        )
 
     def _announce(self, snapshot: Snapshot, *, pin: bool) -> None:
         """The delta comes first: those who hear of a version before there is one fetch all of it."""
