@@ -13,7 +13,7 @@ class Context:
     """None where the model has no such limit."""
 
     positions: int | None
-    """`max_position_embeddings`, as it stands there."""
+    """`max_position_embeddings`; not where positions are stretched beyond it (YaRN and others may leave it as it was)."""
     window: int | None
     """`sliding_window` where a layer has one; attention over packed rows knows none."""
 
@@ -22,7 +22,8 @@ class Context:
         from transformers import AutoConfig
 
         config = cast(Any, AutoConfig).from_pretrained(model_path, local_files_only=True).get_text_config()
-        return cls(getattr(config, "max_position_embeddings", None), _window(config))
+        positions = None if _is_stretched(config) else getattr(config, "max_position_embeddings", None)
+        return cls(positions, _window(config))
 
     @property
     def limit(self) -> tuple[int, str] | None:
@@ -38,6 +39,13 @@ class Context:
                 f"actor.max_model_tokens: got {longest}, expected at most {self.window} (sliding_window of "
                 f"{config.model.path}): the learner trains with attention over all tokens"
             )
+
+
+def _is_stretched(config: Any) -> bool:
+    """Rotary positions may be given once, or for each kind of layer."""
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [value for value in given.values() if isinstance(value, dict)] or [given]
+    return any(kind.get("rope_type", "default") != "default" for kind in kinds)
 
 
 def _window(config: Any) -> int | None:

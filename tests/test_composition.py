@@ -12,7 +12,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 from tiny_model import reconfigure, snapshot_of
-from transformers import BloomConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from actors.engines.transformers import TransformersEngine
 from actors.environment import Turn
@@ -348,6 +348,11 @@ def test_a_demonstration_that_the_model_cannot_attend_to_is_refused_before_anyth
         (LlamaConfig(max_position_embeddings=512, sliding_window=64), Context(512, None)),
         (MistralConfig(max_position_embeddings=512, sliding_window=64), Context(512, 64)),
         (MistralConfig(max_position_embeddings=512, sliding_window=None), Context(512, None)),
+        (
+            Qwen2Config(max_position_embeddings=512, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+            Context(None, None),
+        ),
+        (Gemma3TextConfig(max_position_embeddings=512, sliding_window=64), Context(512, 64)),
         (Qwen2Config(max_position_embeddings=512, sliding_window=64), Context(512, None)),
         (
             Qwen2Config(max_position_embeddings=512, sliding_window=64, use_sliding_window=True, max_window_layers=9),
