@@ -1,7 +1,7 @@
 """TrainBatch: the tensors of one micro-batch, built once from rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +50,8 @@ class TrainBatch:
     """[B] float32"""
     is_expert: Tensor
     """[B] bool"""
+    longest_sequence: int
+    """Tokens of the longest prompt and branch that belong together; less than P + T where they are of two rows."""
 
     @property
     def policy_mask(self) -> Tensor:
@@ -62,7 +64,8 @@ class TrainBatch:
         return self.mask * self.is_expert[:, None]
 
     def to(self, device: torch.device) -> "TrainBatch":
-        return TrainBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
 
     @cached_property
     def is_seen(self) -> Tensor:
@@ -113,6 +116,7 @@ def build_batch(rows: Sequence[Row]) -> TrainBatch:
         advantages=torch.tensor([branch.advantage for branch in branches], dtype=torch.float32),
         temperatures=torch.tensor([branch.temperature for branch in branches], dtype=torch.float32),
         is_expert=torch.tensor([branch.is_expert for branch in branches], dtype=torch.bool),
+        longest_sequence=max(row.longest_sequence for row in rows),
     )
 
 

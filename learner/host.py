@@ -24,6 +24,7 @@ from common.wire.connections import MAX_NEWCOMERS, Bounds
 from common.wire.listener import Listener
 from common.wire.sockets import SocketLimits, reserve_descriptors
 from learner.checkpoints import Checkpoints
+from learner.context import Context
 from learner.courier.process import Courier
 from learner.excerpts.excerpts import Excerpts
 from learner.excerpts.folder import ExcerptFolder
@@ -66,6 +67,7 @@ class Host:
         self.phase = "starting"
         self._shaping = Shaping.of(config)
         chat = Chat(Path(config.model.path))
+        Context.of(Path(config.model.path)).check_answers(config)
         experts = open_experts(config, chat)
         self.ledger = Ledger(
             self.run_dir.ledger,

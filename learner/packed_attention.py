@@ -47,7 +47,7 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    _refuse_others(kwargs, length=packed.prompts.shape[1] + packed.branches.shape[1])
+    _refuse_others(kwargs, length=packed.longest_sequence)
     how = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     of_prompts = [_take(tensor, packed.prompts) for tensor in (query, key, value)]
     of_branches = [_take(tensor, packed.branches) for tensor in (query, key, value)]

@@ -113,13 +113,20 @@ class Ranks:
 
 
 def _to_bytes(batches: Sequence[TrainBatch]) -> bytes:
-    named = {f"{i}.{field.name}": getattr(b, field.name) for i, b in enumerate(batches) for field in fields(b)}
+    named = {
+        f"{i}.{field.name}": torch.as_tensor(getattr(batch, field.name))
+        for i, batch in enumerate(batches)
+        for field in fields(batch)
+    }
     return safetensors.torch.save(named)
 
 
 def _from_bytes(data: bytes) -> list[TrainBatch]:
     named = safetensors.torch.load(data)
     count = 1 + max((int(name.partition(".")[0]) for name in named), default=-1)
-    return [
-        TrainBatch(**{field.name: named[f"{i}.{field.name}"] for field in fields(TrainBatch)}) for i in range(count)
-    ]
+    return [_batch_of({field.name: named[f"{i}.{field.name}"] for field in fields(TrainBatch)}) for i in range(count)]
+
+
+def _batch_of(values: dict[str, torch.Tensor]) -> TrainBatch:
+    """What has no dimension is a number."""
+    return TrainBatch(**{name: value if value.ndim else value.item() for name, value in values.items()})

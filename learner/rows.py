@@ -57,6 +57,11 @@ class Row:
         """Tokens."""
         return max(len(branch.tokens) for branch in self.branches)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the prompt with its longest branch: what attention spans."""
+        return len(self.prompt) + self.longest_branch
+
 
 NOTHING = Row(
     np.zeros(1, dtype=np.int32),

@@ -1,12 +1,14 @@
 """The rows of a step, from its committed composition: groups of the ledger and rows of the expert store."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.chat import Chat
 from common.config.schema import Config
 from common.errors import OperatorError
 from common.trajectory import TrajectoryGroup
 from common.wire.groups import from_blob
+from learner.context import Context
 from learner.expert.store import ExpertStore, store_path
 from learner.ledger.history import Composition, History
 from learner.rows import Row, expert_row, policy_row
@@ -27,7 +29,7 @@ class StepRows:
 
 
 def open_experts(config: Config, chat: Chat) -> ExpertStore | None:
-    """The store, every row of it seen to fit the model's chat template; None where no step has μ > 0.
+    """The store, every row of it seen to fit the model and its chat template; None where no step has μ > 0.
 
     Raises OperatorError where it is empty or a row does not fit, so that no step fails on one.
     """
@@ -38,13 +40,19 @@ def open_experts(config: Config, chat: Chat) -> ExpertStore | None:
     store.check()
     if not store.row_ids():
         raise OperatorError(f"expert.path: {path} holds no rows, expected at least one (see chord-expert import)")
+    limit = Context.of(Path(config.model.path)).limit
     for row in store.rows():
         try:
-            chat.demonstration(row.messages)
+            num_tokens = len(chat.demonstration(row.messages).tokens)
         except Exception as error:  # a template says no in whatever way it likes
             raise OperatorError(
                 f"expert.path: {path}: row {row.row_id}: the chat template refuses it ({error})"
             ) from error
+        if limit and num_tokens > limit[0]:
+            raise OperatorError(
+                f"expert.path: {path}: row {row.row_id}: got {num_tokens} tokens, expected at most {limit[0]} "
+                f"({limit[1]} of {config.model.path})"
+            )
     return store
 
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
-from tiny_model import snapshot_of
+from tiny_model import reconfigure, snapshot_of
+from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from actors.engines.transformers import TransformersEngine
 from actors.environment import Turn
@@ -27,6 +28,7 @@ from common.wire.codec import encode
 from common.wire.groups import from_blob, group_frames, group_header, to_blob
 from common.wire.messages import Lease
 from learner.batch import build_batch
+from learner.context import Context
 from learner.expert.store import ExpertStore, NewRow
 from learner.ledger.ledger import Ledger, Sample
 from learner.objective.importance import Correction
@@ -305,6 +307,81 @@ def test_a_store_without_a_row_is_refused_before_anything_is_trained(tiny_model:
     ExpertStore(tmp_path / "expert.sqlite", create=True).close()
     with pytest.raises(OperatorError, match="holds no rows, expected at least one"):
         open_experts(config, Chat(tiny_model))
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({"max_position_embeddings": 50}, "max_position_embeddings"),
+        ({"model_type": "mistral", "sliding_window": 50}, "sliding_window"),
+    ],
+)
+def test_a_demonstration_that_the_model_cannot_attend_to_is_refused_before_anything_is_trained(
+    keys: dict[str, Any], key: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    def open_with(answer: str) -> None:
+        folder = tmp_path / str(len(answer))
+        folder.mkdir()
+        question = ChatMessage(role="user", content="Count.")
+        store = ExpertStore(folder / "expert.sqlite", create=True)
+        store.add([NewRow((question, ChatMessage(role="assistant", content=text)), "test") for text in ("1", answer)])
+        store.close()
+        opened = open_experts(config_of(model, folder), chat)
+        assert opened
+        opened.close()
+
+    model = reconfigure(tiny_model, tmp_path / "model", **keys)
+    chat = Chat(model)
+    room = 50 - len(chat.prompt_tokens([ChatMessage(role="user", content="Count.")])) - 1
+    open_with("1" * room)
+    with pytest.raises(OperatorError) as refused:
+        open_with("1" * (room + 1))
+    store = tmp_path / str(room + 1) / "expert.sqlite"
+    said = f"expert.path: {store}: row 2: got 51 tokens, expected at most 50 ({key} of {model})"
+    assert str(refused.value) == said
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        (LlamaConfig(max_position_embeddings=512), Context(512, None)),
+        (LlamaConfig(max_position_embeddings=512, sliding_window=64), Context(512, None)),
+        (MistralConfig(max_position_embeddings=512, sliding_window=64), Context(512, 64)),
+        (MistralConfig(max_position_embeddings=512, sliding_window=None), Context(512, None)),
+        (
+            Qwen2Config(max_position_embeddings=512, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+            Context(None, None),
+        ),
+        (Gemma3TextConfig(max_position_embeddings=512, sliding_window=64), Context(512, 64)),
+        (Qwen2Config(max_position_embeddings=512, sliding_window=64), Context(512, None)),
+        (
+            Qwen2Config(max_position_embeddings=512, sliding_window=64, use_sliding_window=True, max_window_layers=9),
+            Context(512, 64),
+        ),
+        (
+            Qwen2Config(max_position_embeddings=512, sliding_window=64, use_sliding_window=True, max_window_layers=32),
+            Context(512, None),
+        ),
+        (BloomConfig(), Context(None, None)),
+    ],
+)
+def test_a_window_counts_where_a_layer_uses_it(known: PreTrainedConfig, expected: Context, tmp_path: Path) -> None:
+    known.save_pretrained(tmp_path)
+    assert Context.of(tmp_path) == expected
+
+
+def test_answers_longer_than_the_learners_window_are_refused_where_the_run_trains_on_any(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = config_of(tiny_model, tmp_path, "actor.max_model_tokens=1025")
+    for harmless in (Context(512, None), Context(None, 1025), Context(512, 2048)):
+        harmless.check_answers(config)
+    with pytest.raises(
+        OperatorError, match=r"actor\.max_model_tokens: got 1025, expected at most 1024 \(sliding_window"
+    ):
+        Context(4096, 1024).check_answers(config)
+    sft = config_of(tiny_model, tmp_path, "algorithm.preset=sft", "actor.max_model_tokens=1025")
+    Context(4096, 1024).check_answers(sft)
 
 
 SCHEDULE = [

@@ -3,9 +3,16 @@
 import os
 import subprocess
 import sys
+from dataclasses import asdict
+from typing import Any
 
+import torch
+
+import learner.ranks
 from common.wire.ports import free_ports
+from learner.batch import build_batch
 from tests.runs import PATIENCE_S, QUIET
+from tests.steps import some_rows
 
 NUM_TIMES = 5
 RANK = f"""
@@ -42,3 +49,12 @@ def test_each_not_yet_of_the_first_is_a_meeting_after_which_the_others_wait_anew
     finally:
         for rank in ranks:
             rank.kill()
+
+
+def test_a_batch_reaches_another_rank_as_it_was_built() -> None:
+    internals: Any = learner.ranks
+    batches = [build_batch(some_rows()), build_batch([])]
+    arrived = internals._from_bytes(internals._to_bytes(batches))
+    assert [type(batch.longest_sequence) for batch in arrived] == [int, int]
+    for ours, theirs in zip(batches, arrived, strict=True):
+        torch.testing.assert_close(asdict(theirs), asdict(ours), rtol=0, atol=0, equal_nan=True)

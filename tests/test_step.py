@@ -21,7 +21,7 @@ from learner.objective.importance import Correction
 from learner.objective.policy import policy_loss
 from learner.policy_model import PolicyModel, load_policy_model
 from learner.ranks import Ranks
-from learner.rows import NOTHING, Row, deal, micro_batches, split_to_budget, unshare
+from learner.rows import NOTHING, Branch, Row, deal, micro_batches, split_to_budget, unshare
 from learner.shards import Sharding, check_offload, whole
 from tests import reference
 from tests.steps import (
@@ -36,7 +36,7 @@ from tests.steps import (
     weights_of,
     with_other_padding,
 )
-from tests.tiny_model import make_tiny_model
+from tests.tiny_model import make_tiny_model, reconfigure
 
 TOLERANCE = 2e-6
 
@@ -164,6 +164,26 @@ def blank_row(numbers: np.random.Generator, num_branches: int, longest: int) -> 
     (blank,) = NOTHING.branches
     branches = (replace(blank, tokens=np.zeros(numbers.integers(1, limit + 1), dtype=np.int32)) for limit in limits)
     return Row(np.zeros(numbers.integers(1, 60), dtype=np.int32), tuple(branches))
+
+
+def test_rows_that_each_fit_the_models_window_train_together_and_one_that_does_not_is_refused(
+    model: PolicyModel, model_path: Path, tmp_path: Path
+) -> None:
+    def row(num_prompt: int, num_answer: int) -> Row:
+        numbers = np.random.default_rng(num_prompt)
+        prompt, answer = (numbers.integers(0, 258, size).astype(np.int32) for size in (num_prompt, num_answer))
+        ones = np.ones(num_answer, dtype=np.float32)
+        return Row(prompt, (Branch(answer, ones, -ones, 1.0, 1.0, is_expert=False),))
+
+    mistral = reconfigure(model_path, tmp_path / "mistral", model_type="mistral", sliding_window=64)
+    windowed = load_policy_model(mistral, dtype=torch.float32, head_chunk_tokens=16)
+    batch = build_batch([row(50, 14), row(5, 50)])
+    assert batch.prompts.shape[1] + batch.branches.shape[1] == 100
+    logprobs, _ = windowed(batch)
+    logprobs.sum().backward()
+    torch.testing.assert_close(logprobs, model(batch)[0])
+    with pytest.raises(OperatorError, match="the last 64 tokens only and a row of 65,"):
+        windowed(build_batch([row(50, 15), row(5, 50)]))
 
 
 def test_recomputed_activations_give_the_same_gradient_and_are_not_kept(model_path: Path) -> None:

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 
 from tests.runs import LocalRun, audit_groups, import_experts, read_lines, read_summary, run_module, write_config
+from tests.tiny_model import reconfigure
 
 SIMULATED = {"engine": "simulated", "tokens_per_s": 40.0}
 """Where it does not matter what is sampled: actors that start sooner, and steps that leave time to strike."""
@@ -141,6 +142,15 @@ def test_a_rank_that_meets_a_mistake_ends_the_learner_with_its_line(tiny_model: 
     done = run_module("learner", "--config", config, "expert.path=/no/such/store", "network.port=5997", check=False)
     assert done.returncode == 2, done.stderr
     assert "/no/such/store: got no such file, expected an expert store" in done.stderr.splitlines()[-1]
+
+
+def test_room_for_answers_past_the_models_window_is_refused_before_a_lease_is_granted(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = reconfigure(tiny_model, tmp_path / "mistral", model_type="mistral", sliding_window=64)
+    done = run_module("learner", "--config", str(write_config(tmp_path, model)), check=False)
+    assert done.returncode == 2, done.stderr
+    assert "actor.max_model_tokens: got 256, expected at most 64 (sliding_window of" in done.stderr.splitlines()[-1]
 
 
 def test_many_simulated_actors_feed_one_learner(tiny_model: Path, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 `replay` is the slow reference that every engine with a model is held against.
 """
 
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -46,6 +49,14 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
         model = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def reconfigure(base: Path, folder: Path, **keys: Any) -> Path:
+    """The model in `base` once more, with other `keys` in its config.json; a Mistral is a Llama with a window."""
+    shutil.copytree(base, folder)
+    config = json.loads((base / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | keys))
     return folder
 
 
