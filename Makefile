@@ -26,7 +26,7 @@ demo: $(READY) $(MODEL)/config.json
 	$(BIN)/chord-local --fresh --config $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 test-deploy: $(READY) .tools/.ready
 	$(BIN)/python -m pytest tests/deploy
