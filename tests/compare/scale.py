@@ -52,7 +52,7 @@ class Scale:
     lag_sft_steps: int = 10
     """Supervised steps before the num_steps with weights that lag; evaluated at their end (eval_every_steps)."""
     lag_seeds: Sequence[int] = (0, 1, 2)
-    more_lag_seeds: Sequence[int] = (3, 4)
+    more_lag_seeds: Sequence[int] = (3, 4, 5, 6, 7)
     """Further seeds for what the bar is on: no lag, and corrected lags up to it."""
 
 
