@@ -220,6 +220,7 @@ def test_prompts_are_leased_to_actors_only_where_groups_are_trained_on(
         found = [host.ledger.lease("a", f"s{step}", capacity=9, serving_step=step, held=()) for step in range(4)]
     finally:
         host.close()
+        host.watchdog.close()  # it guards a learner to the end of its process, which is pytest's here
     assert [step for step, granted in enumerate(found) if granted] == {"sft": [], "dft": [], "sft_then_rl": [2]}.get(
         preset, [0, 1, 2]
     )
